@@ -1,0 +1,71 @@
+"""Golden cases: inputs, weights and outputs of official code, stored on disk; `reprise parity` compares ours with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """What an adapter may see of a golden case: never its outputs.
+
+    Attributes:
+        paper, kind: which paper, and which adapter runs it.
+        config: every option the official code was run with.
+        weights: official state dict (empty for pure functions).
+        inputs: tensors by name, without the `in/` prefix.
+    """
+
+    paper: str
+    kind: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+
+
+# papers/<slug>/parity.py holds ADAPTERS: dict[str, Adapter], one function per kind.
+Adapter = Callable[[GoldenCase], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A case folder: the adapter's view, and the outputs and tolerances that only the comparison reads."""
+
+    path: Path
+    case: GoldenCase
+    outputs: Mapping[str, Tensor]
+    tolerance: Mapping[str, Any]
+
+    def tolerance_of(self, output: str) -> tuple[float, float]:
+        """(atol, rtol) of one output: |ours - golden| <= atol + rtol * |golden|."""
+        own = self.tolerance.get("by_output", {}).get(output, {})
+        return own.get("atol", self.tolerance["atol"]), own.get("rtol", self.tolerance["rtol"])
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """Every case folder at or below `folder`, sorted."""
+    return sorted(path.parent for path in folder.rglob("case.json"))
+
+
+def load_case(folder: Path) -> StoredCase:
+    """Read one case folder."""
+    from safetensors.torch import load_file
+
+    meta = json.loads((folder / "case.json").read_text())
+    tensors = load_file(folder / "io.safetensors")
+    weights_file = folder / "weights.safetensors"
+    case = GoldenCase(
+        paper=meta["paper"],
+        kind=meta["kind"],
+        config=meta["config"],
+        weights=load_file(weights_file) if weights_file.exists() else {},
+        inputs={name.removeprefix("in/"): value for name, value in tensors.items() if name.startswith("in/")},
+    )
+    outputs = {name.removeprefix("out/"): value for name, value in tensors.items() if name.startswith("out/")}
+    return StoredCase(folder, case, outputs, meta["tolerance"])

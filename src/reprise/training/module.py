@@ -1,0 +1,56 @@
+"""The base of every paper's LightningModule: optimizer and schedule from parts, and pictures for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import LightningModule
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure for the report: a file-name stem, the figure, and one sentence that says what to see in it."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+class PaperModule(LightningModule):
+    """What all papers share; a paper's module adds its model, its loss and its metrics.
+
+    Args:
+        optimizer: a factory from parameter groups to an optimizer (a Hydra `_partial_`).
+        schedule: a factory from an optimizer to a learning-rate schedule stepped once per training step, or None.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
+        super().__init__()
+        self.make_optimizer = optimizer
+        self.make_schedule = schedule
+
+    def parameter_groups(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
+        """What the optimizer gets; override for per-group learning rates or weight decay."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameter_groups())
+        if self.make_schedule is None:
+            return optimizer
+        schedule = self.make_schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def pictures(self) -> Iterator[Picture]:
+        """Figures that show the method at work, made once after the test with `self.trainer.datamodule` at hand."""
+        return iter(())

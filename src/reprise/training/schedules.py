@@ -1,0 +1,56 @@
+"""Learning-rate schedules as factors of the base rate, stepped once per training step (step counted from 0)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """min(1, step / warmup_steps); 1 without a warm-up. The first step of a warm-up has rate 0."""
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+
+
+def constant(optimizer: Optimizer, *, warmup_steps: int = 0) -> LambdaLR:
+    """The base rate after an optional linear warm-up."""
+    return LambdaLR(optimizer, lambda step: warmup_factor(step, warmup_steps))
+
+
+def cosine(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> LambdaLR:
+    """Half a cosine from 1 to `final_factor` over the steps after the warm-up, times the warm-up factor."""
+
+    def shape(progress: float) -> float:
+        return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, _after_warmup(shape, total_steps, warmup_steps))
+
+
+def linear(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> LambdaLR:
+    """A straight line from 1 to `final_factor` over the steps after the warm-up, times the warm-up factor."""
+    return LambdaLR(
+        optimizer, _after_warmup(lambda progress: 1 + (final_factor - 1) * progress, total_steps, warmup_steps)
+    )
+
+
+def step(
+    optimizer: Optimizer, *, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0
+) -> LambdaLR:
+    """The base rate times `gamma` for every milestone (in steps) that has been reached, times the warm-up factor."""
+
+    def factor(step: int) -> float:
+        return warmup_factor(step, warmup_steps) * gamma ** sum(step >= milestone for milestone in milestones)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _after_warmup(shape: Callable[[float], float], total_steps: int, warmup_steps: int) -> Callable[[int], float]:
+    span = max(total_steps - warmup_steps, 1)
+
+    def factor(step: int) -> float:
+        progress = min(max((step - warmup_steps) / span, 0.0), 1.0)
+        return shape(progress) * warmup_factor(step, warmup_steps)
+
+    return factor
