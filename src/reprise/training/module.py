@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pytorch_lightning import LightningModule
 from torch import nn
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
+
+@runtime_checkable
+class Attachable(Protocol):
+    """An optimizer that has to know the module whose closure it runs, such as `sharpness.SAM`."""
+
+    def attach(self, module: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class PaperModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.parameter_groups())
+        if isinstance(optimizer, Attachable):
+            optimizer.attach(self)
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer)

@@ -1,0 +1,102 @@
+"""A Hydra sweeper that knows arms and seeds.
+
+It expands sweeps like Hydra's basic sweeper, puts each arm's overrides in place, skips runs that are finished with the
+same configuration hash, hands the rest to whatever launcher is configured, and shows all of them live. With
+`claim: true` (`reprise reproduce`) missing sweeps over `arm` and `seed` are filled in from the paper's claim.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class RepriseSweeperConf:
+    _target_: str = "hydra_plugins.reprise_sweeper.sweeper.RepriseSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+    claim: bool = False
+    dry_run: bool = False
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="reprise", node=RepriseSweeperConf, provider="reprise")
+
+
+class RepriseSweeper(Sweeper):
+    """Expands, skips, launches, watches.
+
+    Args:
+        params: sweeps given by configuration (`hydra.sweeper.params`), as Hydra's basic sweeper has them.
+        claim: expand the claim's arms and seeds.
+        dry_run: list the jobs and start none.
+    """
+
+    def __init__(self, params: dict[str, Any], claim: bool, dry_run: bool) -> None:
+        self.params = dict(params or {})
+        self.claim = claim
+        self.dry_run = dry_run
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run every job of the sweep; returns a `reprise.training.jobs.SweepOutcome`."""
+        from reprise.training.jobs import Job, run_jobs
+
+        jobs = []
+        for combination in self._combinations(arguments):
+            overrides = self._complete(combination)
+            cfg = self.context.config_loader.load_sweep_config(self.config, overrides)
+            jobs.append(Job.of(overrides, cfg))
+        return run_jobs(jobs, self.launcher, dry_run=self.dry_run)
+
+    def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The product of all sweeps, one list of plain overrides a run."""
+        given = [f"{key}={value}" for key, value in self.params.items()]
+        typed = {item.lstrip("+~").partition("=")[0] for item in arguments}
+        items = [item for item in given if item.partition("=")[0] not in typed] + list(arguments)
+        if self.claim:
+            items += self._claimed(items)
+        parsed = OverridesParser.create(self.context.config_loader).parse_overrides(items)
+        choices = []
+        for override in parsed:
+            if override.is_sweep_override():
+                key = override.get_key_element()
+                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            else:
+                choices.append([override.input_line or ""])
+        return [list(combination) for combination in itertools.product(*choices)]
+
+    def _claimed(self, items: Sequence[str]) -> list[str]:
+        """Sweeps over the claim's arms and seeds, where the user gave none."""
+        from reprise.config import experiment_of, split_override
+        from reprise.evidence.claims import load_claim
+
+        slug, recipe = experiment_of(items)
+        at_scale = load_claim(slug).at(recipe)
+        keys = {split_override(item)[0] for item in items}
+        added = []
+        if "seed" not in keys:  # seeds outside, arms inside: what is done at any moment is paired
+            added.append("seed=" + ",".join(str(seed) for seed in at_scale.seeds))
+        if "arm" not in keys:
+            added.append("arm=" + ",".join(at_scale.arms))
+        return added
+
+    def _complete(self, combination: list[str]) -> list[str]:
+        from reprise.config import job_overrides
+
+        own = [item for item in combination if not item.startswith(("hydra.", "hydra/"))]
+        return job_overrides(own)
+
+

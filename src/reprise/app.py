@@ -1,0 +1,96 @@
+"""The Hydra application behind `reprise train`, `reprise sweep` and `reprise reproduce`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from reprise import paths
+from reprise.errors import ConfigError, RepriseError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job hands back instead of its metrics, so that it crosses process borders and stops no other job."""
+
+    error: Exception
+    trace: str
+
+    @property
+    def message(self) -> str:
+        if isinstance(self.error, RepriseError):
+            return str(self.error)
+        return f"{type(self.error).__name__}: {self.error}"
+
+
+def task(hydra_config: DictConfig) -> dict[str, float] | Failure:
+    """One job: the resolved configuration, launched with the ranks it asks for."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from reprise.config import register_resolvers, resolve
+    from reprise.training.launch import launch
+
+    register_resolvers()
+    single = HydraConfig.get().mode == RunMode.RUN
+    try:
+        return launch(resolve(hydra_config), show_progress=single and sys.stderr.isatty())
+    except Exception as error:
+        return Failure(error, traceback.format_exc())
+
+
+def run_hydra(overrides: Sequence[str], flags: Sequence[str] = ()) -> Any:
+    """Run the Hydra application on given overrides and return what its run or sweep returned.
+
+    Args:
+        overrides: Hydra overrides.
+        flags: Hydra's own flags (`--multirun`, `--cfg job`, `--info`, ...).
+
+    Raises:
+        RepriseError: of the job, or in place of Hydra's own configuration errors.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.version import setbase
+    from omegaconf.errors import OmegaConfBaseException
+
+    from reprise.config import register_resolvers
+
+    register_resolvers()
+    setbase("1.3")
+    GlobalHydra.instance().clear()
+    args = get_args_parser().parse_args([*flags, *overrides])
+    hydra = Hydra.create_main_hydra2("reprise", create_config_search_path(str(paths.conf_dir())))
+    try:
+        return _dispatch(hydra, args, list(args.overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(
+            "\n".join(line for line in str(error).splitlines() if line.strip()),
+            looked_at=paths.conf_dir(),
+            next_step="`reprise train ... --cfg job` prints the composed configuration",
+        ) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _dispatch(hydra: Any, args: Any, overrides: list[str]) -> Any:
+    common = {"config_name": "train", "overrides": overrides}
+    if args.cfg:
+        hydra.show_cfg(**common, cfg_type=args.cfg, package=args.package, resolve=args.resolve)
+        return None
+    if args.info:
+        hydra.show_info(args.info, **common)
+        return None
+    if args.multirun:
+        return hydra.multirun(**common, task_function=task, with_log_configuration=False)
+    result = hydra.run(**common, task_function=task, with_log_configuration=False).return_value
+    if isinstance(result, Failure):
+        raise result.error
+    return result

@@ -1,0 +1,293 @@
+"""The command line. Every subcommand imports what it needs only when it runs, so that help and lists answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reprise.errors import RepriseError
+
+HYDRA_HELP = "any Hydra overrides, e.g. experiment=vit/small seed=3 arm=vit optimizer.lr=0.01; and Hydra's flags (-m, --cfg job)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; one clear message and a non-zero exit code when something is wrong."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and not args.takes_overrides:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    if args.traceback:
+        os.environ["REPRISE_TRACEBACK"] = "1"
+    try:
+        return args.run(args) or 0
+    except RepriseError as error:
+        return _report(error, error.exit_code)
+    except KeyboardInterrupt:
+        return _report(RepriseError("stopped", next_step="run the same command again; it continues"), 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _report(_unexpected(error), 1)
+
+
+def _report(error: RepriseError, code: int) -> int:
+    if os.environ.get("REPRISE_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"reprise: {error}", file=sys.stderr)
+    return code
+
+
+def _unexpected(error: Exception) -> RepriseError:
+    return RepriseError(
+        f"{type(error).__name__}: {error}",
+        next_step="repeat with --traceback (or REPRISE_TRACEBACK=1) to see where it happened",
+    )
+
+
+def train(args: argparse.Namespace) -> int:
+    """One run, or a sweep with -m."""
+    from reprise.app import run_hydra
+    from reprise.config import job_overrides
+
+    flags, overrides = _split(args.rest)
+    if {"-m", "--multirun"} & set(flags):
+        return _finish_sweep(run_hydra(overrides, flags), verdicts=False)
+    metrics = run_hydra(job_overrides(overrides), flags)
+    if metrics is not None:
+        for name, value in metrics.items():
+            print(f"{name:<32} {value:.6g}")
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """An ablation or any other sweep: a multirun."""
+    from reprise.app import run_hydra
+
+    flags, overrides = _split(args.rest)
+    dry = ["hydra.sweeper.dry_run=true"] if args.dry_run else []
+    return _finish_sweep(run_hydra([*overrides, *dry], [*flags, "--multirun"]), verdicts=False)
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """All arms and seeds of a claim, then the verdict and the report."""
+    from reprise.app import run_hydra
+    from reprise.config import experiment_of
+
+    flags, overrides = _split(args.rest)
+    experiment_of(overrides)
+    extra = ["hydra.sweeper.claim=true", *(["hydra.sweeper.dry_run=true"] if args.dry_run else [])]
+    return _finish_sweep(run_hydra([*overrides, *extra], [*flags, "--multirun"]), verdicts=True)
+
+
+def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
+    from reprise.training.jobs import SweepOutcome
+
+    if not isinstance(outcome, SweepOutcome) or outcome.dry_run:
+        return 0
+    if verdicts:
+        _conclude(outcome)
+    for job, reason in outcome.failed:
+        print(f"reprise: {job.name} did not finish: {reason}", file=sys.stderr)
+    if outcome.failed:
+        print(
+            f"reprise: {len(outcome.failed)} of {len(outcome.jobs)} runs did not finish; the others are kept\n"
+            "  next step: correct the cause and run the same command again; it does only what is missing",
+            file=sys.stderr,
+        )
+    return 1 if outcome.failed else 0
+
+
+def _conclude(outcome: object) -> None:
+    from rich.console import Console
+
+    from reprise import paths
+    from reprise.evidence.panel import render_panel
+    from reprise.evidence.report import build_index, build_report
+    from reprise.evidence.verdict import make_verdict, write_verdict
+    from reprise.training.jobs import SweepOutcome
+
+    assert isinstance(outcome, SweepOutcome)
+    console = Console()
+    runs = paths.runs_dir()
+    for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.jobs):
+        if not any(job.finished for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)):
+            continue
+        verdict = make_verdict(runs, slug, scale)
+        write_verdict(verdict, runs)
+        console.print(render_panel(verdict))
+        console.print(f"report: {build_report(runs, slug)}")
+    build_index(runs)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Rebuild reports (and with --write the committed RESULTS.md) from run folders."""
+    from reprise import discovery, paths
+    from reprise.evidence.report import build_index, build_report
+    from reprise.evidence.results import write_results
+
+    runs = args.path or paths.runs_dir()
+    if not runs.is_dir():
+        raise RepriseError("there are no run folders", looked_at=runs, next_step="reprise reproduce experiment=vit/small")
+    slugs = [discovery.check_paper(args.paper)] if args.paper else [s for s in discovery.papers() if (runs / s).is_dir()]
+    for slug in slugs:
+        print(build_report(runs, slug))
+        if args.write:
+            print(write_results(runs, slug))
+    print(build_index(runs))
+    return 0
+
+
+def parity(args: argparse.Namespace) -> int:
+    """Run golden cases of official code against our implementations."""
+    from rich.console import Console
+
+    from reprise.evidence import parity as runner
+
+    results = runner.run_parity(args.dir, args.paper)
+    if args.json:
+        print(runner.to_json(results))
+    else:
+        runner.print_results(results, Console())
+    if args.write:
+        runner.write_records(results)
+    return 0 if results and all(result.passed for result in results) else 1
+
+
+def plan(args: argparse.Namespace) -> int:
+    """What a recipe needs and whether the model has its published size."""
+    from rich.console import Console
+
+    from reprise.evidence import plan as planner
+
+    _, overrides = _split(args.rest)
+    result = planner.plan_experiment(overrides)
+    print(planner.to_json(result)) if args.json else Console().print(planner.render(result))
+    if args.write:
+        planner.write_sizes(result)
+    return 0 if result.ok else 1
+
+
+def papers(args: argparse.Namespace) -> int:
+    """A row a paper: scales, golden cases, sizes, verdicts."""
+    from reprise.evidence import table
+
+    rows = table.papers_table()
+    if args.json:
+        print(table.to_json(rows))
+    elif args.markdown:
+        print(table.to_markdown(rows))
+    else:
+        from rich.console import Console
+
+        Console().print(table.render(rows))
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    """List, check, fetch or show data sets."""
+    from reprise.data import commands
+
+    return commands.run(args.action, args.name, out=args.out, as_json=args.json)
+
+
+def weights(args: argparse.Namespace) -> int:
+    """Import official weights under our key names."""
+    from reprise.training.weights import import_weights_file
+
+    _, overrides = _split(args.rest)
+    options = dict(item.partition("=")[::2] for item in overrides if item.startswith(("src=", "out=")))
+    missing = [name for name in ("src", "out") if name not in options]
+    if missing:
+        raise RepriseError(
+            f"{' and '.join(missing)} not given",
+            next_step="reprise weights import experiment=detr/paper src=FILE out=FILE.safetensors",
+        )
+    others = [item for item in overrides if not item.startswith(("src=", "out="))]
+    count = import_weights_file(others, Path(options["src"]), Path(options["out"]))
+    print(f"{count} tensors -> {options['out']}")
+    return 0
+
+
+def new_paper(args: argparse.Namespace) -> int:
+    """Make the files of a paper that composes, runs and is collected by every test."""
+    from reprise.scaffold import make_paper
+
+    for path in make_paper(args.slug):
+        print(path)
+    print(f"next: make reproduce PAPER={args.slug} ARGS=smoke=true")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What this machine has: versions, devices, data sets, loggers."""
+    from reprise.doctor import diagnose
+
+    findings = diagnose()
+    print(json.dumps(findings, indent=1)) if args.json else print("\n".join(f"{k:<22} {v}" for k, v in findings.items()))
+    return 0
+
+
+def _split(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(Hydra's flags with their values, overrides)."""
+    flags, overrides = [], []
+    words = iter(rest)
+    for word in words:
+        if word.startswith("-") and word != "-":
+            flags.append(word)
+            if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
+                flags.append(next(words, ""))
+        else:
+            overrides.append(word)
+    return flags, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="reprise", description="Reproduce deep-learning papers, with a verdict.")
+    parser.add_argument("--traceback", action="store_true", help="show Python tracebacks of errors")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, *, overrides: bool = False) -> argparse.ArgumentParser:
+        doc = (run.__doc__ or "").strip()
+        command = commands.add_parser(name, help=doc, description=doc, epilog=HYDRA_HELP if overrides else None)
+        command.set_defaults(run=run, takes_overrides=overrides)
+        return command
+
+    add("train", train, overrides=True)
+    for name, run in (("reproduce", reproduce), ("sweep", sweep)):
+        add(name, run, overrides=True).add_argument("--dry-run", action="store_true", help="list the runs, start none")
+    command = add("report", report)
+    command.add_argument("path", nargs="?", type=Path, help="folder of run folders (default: runs/)")
+    command.add_argument("--paper", help="only this paper")
+    command.add_argument("--write", action="store_true", help="also write experiments/<slug>/RESULTS.md")
+    command = add("parity", parity)
+    command.add_argument("dir", type=Path, help="folder with golden cases")
+    command.add_argument("--paper", help="only this paper's cases")
+    command.add_argument("--write", action="store_true", help="record the result in experiments/<slug>/PARITY.json")
+    command.add_argument("--json", action="store_true")
+    command = add("plan", plan, overrides=True)
+    command.add_argument("--write", action="store_true", help="record the sizes in experiments/<slug>/SIZES.json")
+    command.add_argument("--json", action="store_true")
+    command = add("papers", papers)
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--markdown", action="store_true", help="as a Markdown table (the README's)")
+    command = add("data", data)
+    command.add_argument("action", choices=("list", "check", "fetch", "show"))
+    command.add_argument("name", nargs="?", help="data set")
+    command.add_argument("--out", type=Path, help="file to write (show)")
+    command.add_argument("--json", action="store_true")
+    command = add("weights", weights, overrides=True)
+    command.add_argument("action", choices=("import",))
+    add("new-paper", new_paper).add_argument("slug", help="folder name: lower case letters, digits and _")
+    add("doctor", doctor).add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""From a command line to the configuration of one run: recipe, arm, the user's overrides, and what they are called."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from reprise import discovery, paths
+from reprise.errors import ConfigError
+
+# What `smoke=true` means, on top of any recipe; a claim may add overrides of its own (`smoke:` in claim.yaml).
+SMOKE = ("steps=4", "val_every=2", "data.batch_size=8", "data.limit=64", "data.eval_batch_size=32")
+
+# Keys that do not change what is computed, so that they change neither the hash nor the name of a run.
+NEUTRAL = re.compile(
+    r"^(hydra([./]|$)|experiment$|arm$|slug$|seed$|smoke$|variant$|logger([./@]|$)|callbacks([./@]|$)|trainer$|threads$"
+    r"|trainer\.(accelerator|devices|num_nodes|strategy)(\.|$))"
+)
+HASHED_KEYS = ("slug", "paper", "data", "optimizer", "schedule", "steps", "val_every", "seed")
+HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
+
+
+def register_resolvers() -> None:
+    """Resolvers that the configuration files use; safe to call again."""
+    OmegaConf.register_new_resolver("cores", lambda: int(os.environ.get("REPRISE_JOBS", os.cpu_count() or 1)), replace=True)
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """("key", "value") of a Hydra override, without `+`, `++` or `~`."""
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value
+
+
+def experiment_of(overrides: Sequence[str]) -> tuple[str, str]:
+    """(slug, recipe) that the overrides choose.
+
+    Raises:
+        ConfigError: no experiment is named, or there is no such paper or recipe.
+    """
+    chosen = [split_override(item)[1] for item in overrides if split_override(item)[0] == "experiment"]
+    if not chosen:
+        raise ConfigError(
+            "no experiment is named",
+            looked_at="the command line",
+            next_step="add experiment=<paper>/<scale>, e.g. experiment=vit/small (`reprise papers` lists them)",
+        )
+    slug, _, recipe = chosen[-1].partition("/")
+    known = discovery.recipes(slug) + [f"ablations/{name}" for name in discovery.ablations(slug)]
+    if recipe not in known:
+        raise ConfigError(
+            f"paper {slug!r} has no recipe {recipe!r}{did_you_mean(recipe, known)}",
+            looked_at=paths.experiments_dir() / slug,
+            next_step=f"choose one of: {', '.join(known)}",
+        )
+    return slug, recipe
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def arm_overrides(slug: str, arm: str) -> list[str]:
+    """The overrides of an arm of the paper's claim.
+
+    Raises:
+        ConfigError: the claim has no such arm.
+    """
+    from reprise.evidence.claims import load_claim
+
+    arms = load_claim(slug).arms
+    if arm not in arms:
+        raise ConfigError(
+            f"the claim of {slug!r} has no arm {arm!r}{did_you_mean(arm, list(arms))}",
+            looked_at=discovery.claim_path(slug),
+            next_step=f"choose one of: {', '.join(arms)}",
+        )
+    return list(arms[arm].overrides)
+
+
+def default_arm(slug: str) -> str | None:
+    """The first arm of the paper's claim (the paper's method), or None without a claim."""
+    from reprise.evidence.claims import load_claim
+
+    return next(iter(load_claim(slug).arms)) if discovery.claim_path(slug).exists() else None
+
+
+def smoke_overrides(slug: str) -> list[str]:
+    from reprise.evidence.claims import load_claim
+
+    return [*SMOKE, *(load_claim(slug).smoke if discovery.claim_path(slug).exists() else ())]
+
+
+def job_overrides(overrides: Sequence[str]) -> list[str]:
+    """The complete, ordered overrides of one run: recipe, arm, smoke, then the user's own, and the variant's name.
+
+    Args:
+        overrides: what the user typed for one run (no sweeps).
+    """
+    slug, recipe = experiment_of(overrides)
+    given = dict(split_override(item) for item in overrides)
+    arm = given.get("arm") or default_arm(slug)
+    head = [f"experiment={slug}/{recipe}", f"slug={slug}"]
+    if arm not in (None, "null"):
+        head += [*arm_overrides(slug, arm), f"arm={arm}"]
+    if given.get("smoke", "false").lower() == "true":
+        head += smoke_overrides(slug)
+    own = [item for item in overrides if split_override(item)[0] not in ("experiment", "arm")]
+    changed = [item for item in own if not NEUTRAL.match(split_override(item)[0])]
+    variant = [f"variant={variant_name(changed)}"] if changed and "variant" not in given else []
+    return head + own + variant
+
+
+def variant_name(changed: Sequence[str]) -> str:
+    """A file-name-safe name of the user's changes; long ones end in a hash."""
+    text = ",".join(sorted(changed))
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")
+    if len(name) <= 60:
+        return name
+    return f"{name[:48]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one run, composed outside a Hydra application (tests, plan, reports)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(paths.conf_dir()), version_base="1.3"):
+        cfg = hydra_compose("train", overrides=job_overrides(overrides), return_hydra_config=True)
+    return resolve(cfg)
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """The same configuration without the `hydra` node and without interpolations; struct mode stays on.
+
+    Raises:
+        ConfigError: a mandatory value is missing, or an interpolation names nothing.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        container = OmegaConf.to_container(cfg, resolve=False)
+        plain = {str(key): value for key, value in dict(container).items() if key != "hydra"}  # type: ignore[arg-type]
+        kept = OmegaConf.create(plain)
+        resolved = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"the configuration is incomplete: {str(error).splitlines()[0]}", next_step="set the key in the recipe"
+        ) from error
+    result = OmegaConf.create(resolved)
+    OmegaConf.set_struct(result, True)
+    _refuse_unread(kept)
+    return result
+
+
+# Groups whose every key is handed to a constructor, which refuses what it does not know.
+_INSTANTIATED = ("paper", "data", "trainer", "logger", "callbacks")
+_READ = ("slug", "scale", "arm", "seed", "steps", "val_every", "smoke", "variant", "threads", "compile")
+
+
+def _refuse_unread(cfg: Any) -> None:
+    """A key that nothing reads is an error: it is neither a known key nor named by an interpolation."""
+    text = json.dumps(OmegaConf.to_container(cfg, resolve=False))
+    named = set(re.findall(r"\$\{([A-Za-z_][\w.]*)\}", text))
+    unread = [
+        path
+        for path in _leaves(OmegaConf.to_container(cfg, resolve=False))
+        if path.split(".")[0] not in (*_INSTANTIATED, *_READ)
+        and not any(path == name or path.startswith(f"{name}.") for name in named)
+    ]
+    if unread:
+        raise ConfigError(
+            f"nothing reads the configuration key{'s' if len(unread) > 1 else ''} {', '.join(unread)}",
+            looked_at="the composed configuration (reprise train ... --cfg job shows it)",
+            next_step="remove it, or correct its spelling",
+        )
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if isinstance(node, dict) and node:
+        return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [prefix]
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """16 hex digits over everything that decides the numbers of a run."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    decisive = {key: plain.get(key) for key in HASHED_KEYS}
+    decisive["trainer"] = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def scale_label(cfg: DictConfig) -> str:
+    """The scale as the run folder names it."""
+    scale = "smoke" if cfg.smoke else cfg.scale
+    return f"{scale}~{cfg.variant}" if cfg.variant else scale
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """The run folder of a configuration."""
+    return paths.runs_dir() / cfg.slug / scale_label(cfg) / (cfg.arm or "default") / f"seed={cfg.seed}"

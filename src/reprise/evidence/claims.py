@@ -1,0 +1,195 @@
+"""A paper's claim (`experiments/<slug>/claim.yaml`): arms, contrasts, seeds, and what differs by scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from reprise import discovery
+from reprise.errors import ConfigError
+from reprise.evidence.files import read_model
+
+TUNING_SEEDS_FROM = 100  # seeds from here up are for choosing hyper-parameters and never enter a verdict
+
+Text = Annotated[str, Field(min_length=1)]
+Direction = Literal["higher", "lower"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Arm(_Strict):
+    """One variant that is trained: a label for tables, and its Hydra overrides on the recipe."""
+
+    label: Text
+    overrides: list[str] = []
+
+
+class Term(NamedTuple):
+    """One summand of a contrast."""
+
+    sign: int
+    arm: str
+    metric: str
+
+
+class Contrast(_Strict):
+    """A difference per seed: the sum over `plus` terms minus the sum over `minus` terms.
+
+    A term is `arm` (its value of `metric`) or `arm:metric`. Direction `higher` claims plus - minus > margin,
+    `lower` claims plus - minus < -margin.
+    """
+
+    name: Text
+    metric: Text
+    plus: Annotated[list[Text], Field(min_length=1)]
+    minus: list[Text] = []
+    direction: Direction
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    def terms(self) -> list[Term]:
+        """All terms with their signs, `plus` first."""
+        signed = [(1, text) for text in self.plus] + [(-1, text) for text in self.minus]
+        return [Term(sign, text.partition(":")[0], text.partition(":")[2] or self.metric) for sign, text in signed]
+
+    def arms(self) -> list[str]:
+        """The arms this contrast needs, each once."""
+        return list(dict.fromkeys(term.arm for term in self.terms()))
+
+    def value(self, metrics: Mapping[str, Mapping[str, float]]) -> float:
+        """The difference for one seed.
+
+        Args:
+            metrics: arm -> metric -> value, from that seed's runs.
+
+        Raises:
+            KeyError: an arm or a metric is absent; the message names it.
+        """
+        total = 0.0
+        for sign, arm, metric in self.terms():
+            if arm not in metrics:
+                raise KeyError(f"no run of the arm {arm}")
+            if metric not in metrics[arm]:
+                raise KeyError(f"the arm {arm} has no metric {metric}")
+            total += sign * metrics[arm][metric]
+        return total
+
+    def formula(self) -> str:
+        """The contrast as a reader's formula, e.g. `one_to_many - detr`."""
+        return " + ".join(self.plus) + "".join(f" - {text}" for text in self.minus)
+
+
+class ScaleChanges(_Strict):
+    """What one scale sets: its seeds, and whatever differs from the claim."""
+
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=TUNING_SEEDS_FROM)]], Field(min_length=1)]
+    arms: list[str] | None = None
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    primary: Contrast | None = None
+    secondary: list[Contrast] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ScaleChanges:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds are given twice")
+        return self
+
+
+@dataclass(frozen=True)
+class ScaledClaim:
+    """The claim as one scale tests it."""
+
+    scale: str
+    statement: str
+    arms: dict[str, Arm]
+    primary: Contrast
+    secondary: list[Contrast]
+    seeds: list[int]
+    tuning: str
+
+    def contrasts(self) -> list[Contrast]:
+        return [self.primary, *self.secondary]
+
+    def metrics(self) -> list[str]:
+        """Every metric that a contrast reads, the primary one first."""
+        return list(dict.fromkeys(term.metric for contrast in self.contrasts() for term in contrast.terms()))
+
+
+class Claim(_Strict):
+    """The whole file; the first arm is the paper's method."""
+
+    statement: Text
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    primary: Contrast
+    secondary: list[Contrast] = []
+    scales: Annotated[dict[str, ScaleChanges], Field(min_length=1)]
+    tuning: Text
+    smoke: list[str] = []  # overrides that `smoke=true` needs beyond the usual ones
+
+    @model_validator(mode="after")
+    def _check(self) -> Claim:
+        for scale in self.scales:
+            _check_scale(self._scaled(scale), known=list(self.arms))
+        return self
+
+    def at(self, label: str) -> ScaledClaim:
+        """The claim at a scale label; `<scale>~<overrides>` is that scale, `smoke` the small one.
+
+        Raises:
+            ConfigError: the claim says nothing about the scale.
+        """
+        scale = label.partition("~")[0]
+        if scale == "smoke" and scale not in self.scales:
+            scale = "small" if "small" in self.scales else next(iter(self.scales))
+        if scale not in self.scales:
+            raise ConfigError(
+                f"The claim has no scale {scale!r}.",
+                looked_at="scales in claim.yaml",
+                next_step=f"choose one of: {', '.join(self.scales)}",
+            )
+        return self._scaled(scale)
+
+    def _scaled(self, scale: str) -> ScaledClaim:
+        changes = self.scales[scale]
+        primary = changes.primary or self.primary
+        if changes.margin is not None:
+            primary = primary.model_copy(update={"margin": changes.margin})
+        for name in changes.arms or []:
+            if name not in self.arms:
+                raise ValueError(f"scales.{scale}.arms: there is no arm {name!r}; arms: {', '.join(self.arms)}")
+        return ScaledClaim(
+            scale=scale,
+            statement=self.statement,
+            arms={name: arm for name, arm in self.arms.items() if changes.arms is None or name in changes.arms},
+            primary=primary,
+            secondary=self.secondary if changes.secondary is None else changes.secondary,
+            seeds=changes.seeds,
+            tuning=self.tuning,
+        )
+
+
+def _check_scale(claim: ScaledClaim, known: list[str]) -> None:
+    for contrast in claim.contrasts():
+        for arm in contrast.arms():
+            if arm not in known:
+                raise ValueError(f"the contrast {contrast.name!r} names no arm: {arm!r}; arms: {', '.join(known)}")
+            if arm not in claim.arms:
+                raise ValueError(
+                    f"the contrast {contrast.name!r} needs {arm!r}, which scales.{claim.scale}.arms leaves out"
+                )
+    names = [contrast.name for contrast in claim.contrasts()]
+    if len(set(names)) != len(names):
+        raise ValueError("two contrasts have the same name")
+
+
+def load_claim(slug: str) -> Claim:
+    """Read and check `experiments/<slug>/claim.yaml`.
+
+    Raises:
+        ConfigError: no such paper, no file, or a wrong key (each named with its place).
+    """
+    return read_model(discovery.claim_path(slug), Claim)

@@ -1,0 +1,191 @@
+"""`runs/<paper>/report.html` and `runs/index.html`: self-contained pages built from run folders, claim and card."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reprise import discovery
+from reprise.errors import ConfigError
+from reprise.evidence import figures, formatting
+from reprise.evidence.cards import Card, load_card
+from reprise.evidence.claims import load_claim
+from reprise.evidence.files import write_text
+from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
+from reprise.evidence.verdict import ContrastResult, Verdict, judge
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SYMBOLS = {"supported": "✓", "refuted": "✗", "inconclusive": "≈"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric's learning curves as SVG."""
+
+    metric: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """One picture of a run as a data URI."""
+
+    name: str
+    caption: str
+    arm: str
+    run: str
+    source: str
+
+
+@dataclass(frozen=True)
+class ScaleSection:
+    """All that the report shows of one scale."""
+
+    verdict: Verdict
+    data: str
+    strips: list[tuple[ContrastResult, str]]
+    legend: list[tuple[str, str]]
+    curves: list[Curve]
+    images: list[Image]
+    runs: list[RunRecord]
+    repeat: list[str]
+    tuning: str
+
+
+@dataclass(frozen=True)
+class OurResult:
+    """Our number beside the published ones: one arm at one scale."""
+
+    scale: str
+    data: str
+    arm: str
+    metric: str
+    mean: float | None
+    ci: tuple[float, float] | None
+    n: int
+    is_method: bool
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """One paper on the index page."""
+
+    slug: str
+    title: str
+    family: str
+    verdicts: list[Verdict]
+
+
+def build_report(runs_dir: Path, slug: str) -> Path:
+    """Write the report of one paper and return its path.
+
+    Raises:
+        ConfigError: no such paper, no runs of it, or its card or claim is wrong.
+    """
+    card, labels = load_card(slug), scale_labels(runs_dir, slug)
+    if not labels:
+        raise ConfigError(
+            f"There are no runs of {slug} to report.",
+            looked_at=runs_dir / slug,
+            next_step=f"`reprise reproduce experiment={slug}/small` makes them",
+        )
+    sections = [_section(runs_dir, slug, label, card) for label in labels]
+    page = _environment().get_template("report.html.j2")
+    html = page.render(
+        slug=slug, card=card, sections=sections, ours=_ours(sections), statement=sections[0].verdict.statement
+    )
+    return write_text(runs_dir / slug / "report.html", html)
+
+
+def build_index(runs_dir: Path) -> Path:
+    """Write `index.html` over all papers that have runs, and return its path."""
+    known = set(discovery.papers())
+    rows = [_index_row(runs_dir, slug) for slug in papers_with_runs(runs_dir) if slug in known]
+    html = _environment().get_template("index.html.j2").render(rows=rows)
+    return write_text(runs_dir / "index.html", html)
+
+
+def _index_row(runs_dir: Path, slug: str) -> IndexRow:
+    card, claim = load_card(slug), load_claim(slug)
+    labels = [label for label in scale_labels(runs_dir, slug) if label in discovery.SCALES]
+    verdicts = [judge(slug, label, claim.at(label), find_runs(runs_dir, slug, label)) for label in labels]
+    return IndexRow(slug, card.title, card.family, verdicts)
+
+
+def _section(runs_dir: Path, slug: str, label: str, card: Card) -> ScaleSection:
+    claim, runs = load_claim(slug).at(label), find_runs(runs_dir, slug, label)
+    verdict = judge(slug, label, claim, runs)
+    finished = [run for run in runs if run.is_finished and run.arm in claim.arms and run.seed in verdict.seeds]
+    by_arm = {name: [run.curves() for run in finished if run.arm == name] for name in claim.arms}
+    metrics = figures.shown_metrics([curves for arm in by_arm.values() for curves in arm], claim.metrics())
+    return ScaleSection(
+        verdict=verdict,
+        data=card.data.get(claim.scale) or "",
+        strips=[(contrast, figures.contrast_figure(contrast)) for contrast in verdict.contrasts()],
+        legend=[(figures.legend_swatch(index), arm.label) for index, arm in enumerate(claim.arms.values())],
+        curves=[Curve(metric, figures.curve_figure(by_arm, metric)) for metric in metrics],
+        images=_images(finished, {name: arm.label for name, arm in claim.arms.items()}),
+        runs=runs,
+        repeat=_repeat(verdict, finished),
+        tuning=claim.tuning,
+    )
+
+
+def _images(finished: Sequence[RunRecord], labels: dict[str, str]) -> list[Image]:
+    """The pictures of each arm's run with the lowest seed."""
+    images = []
+    for arm, label in labels.items():
+        for run in [run for run in finished if run.arm == arm][:1]:
+            for picture in run.pictures():
+                data = base64.b64encode(picture.file.read_bytes()).decode()
+                source = f"data:image/png;base64,{data}"
+                images.append(Image(picture.name, picture.caption, label, run.folder.name, source))
+    return images
+
+
+def _repeat(verdict: Verdict, finished: Sequence[RunRecord]) -> list[str]:
+    """Commands that make these runs again: the whole claim, or for a variant its runs one by one."""
+    checkout = [f"git checkout {commit}" for commit in verdict.git_commits[-1:] if len(verdict.git_commits) == 1]
+    if verdict.scale in discovery.SCALES:
+        return [*checkout, f"make reproduce PAPER={verdict.paper} SCALE={verdict.scale}"]
+    return checkout + list(dict.fromkeys(run.text("command") for run in finished if run.text("command")))
+
+
+def _ours(sections: Sequence[ScaleSection]) -> list[OurResult]:
+    results = []
+    for section in sections:
+        if section.verdict.scale not in discovery.SCALES:
+            continue
+        metric = section.verdict.primary.metric
+        for index, arm in enumerate(section.verdict.arms.values()):
+            sample = arm.metrics.get(metric)
+            if sample is not None:
+                shown = (section.verdict.scale, section.data, arm.label, metric, sample.mean, sample.ci, sample.n)
+                results.append(OurResult(*shown, is_method=index == 0))
+    return results
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(__file__).parent / "templates"
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": formatting.number,
+        "signed": formatting.signed,
+        "interval": formatting.interval,
+        "duration": formatting.duration,
+    }
+    environment.globals |= {"symbols": SYMBOLS}
+    return environment

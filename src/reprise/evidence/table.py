@@ -1,0 +1,148 @@
+"""A row a paper, made from files alone: recipes, card, PARITY.json, SIZES.json and RESULTS.md. Cheap to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from reprise import discovery
+from reprise.evidence.files import read_json, read_yaml
+from reprise.evidence.formatting import interval, markdown_table, signed
+from reprise.evidence.results_file import read_results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+VERDICT_SCALES = ("small", "public")
+
+
+@dataclass(frozen=True)
+class VerdictCell:
+    """A verdict in short.
+
+    Attributes:
+        effect, ci: mean and 95 % t interval of the primary contrast, plus minus minus.
+        seeds: the paired seeds it rests on.
+        date: the day its last run finished.
+    """
+
+    verdict: str
+    effect: float | None
+    ci: tuple[float, float] | None
+    contrast: str
+    seeds: list[int]
+    date: str | None
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One paper; counts are None where the generated file is absent."""
+
+    slug: str
+    title: str
+    family: str
+    scales: list[str]
+    golden_passed: int | None
+    golden_total: int | None
+    sizes_matched: int | None
+    sizes_total: int | None
+    verdicts: dict[str, VerdictCell]
+
+
+def papers_table() -> list[PaperRow]:
+    """The rows of all papers, by slug."""
+    return [paper_row(slug) for slug in discovery.papers()]
+
+
+def paper_row(slug: str) -> PaperRow:
+    """What the paper's files say.
+
+    Raises:
+        ConfigError: the card or the results file is damaged.
+    """
+    folder = discovery.experiment_dir(slug)
+    card = read_yaml(discovery.card_path(slug)) if discovery.card_path(slug).is_file() else {}
+    golden, sizes = (_counts(read_json(folder / name)) for name in ("PARITY.json", "SIZES.json"))
+    return PaperRow(
+        slug=slug,
+        title=str(card.get("title", slug)),
+        family=str(card.get("family", "")),
+        scales=discovery.recipes(slug),
+        golden_passed=golden[0],
+        golden_total=golden[1],
+        sizes_matched=sizes[0],
+        sizes_total=sizes[1],
+        verdicts=_verdicts(slug),
+    )
+
+
+def _counts(content: Any) -> tuple[int | None, int | None]:
+    if not isinstance(content, dict) or not isinstance(content.get("total"), int):
+        return None, None
+    return int(content["passed"]), int(content["total"])
+
+
+def _verdicts(slug: str) -> dict[str, VerdictCell]:
+    stored = read_results(discovery.results_path(slug))
+    return {scale: _cell(content) for scale, content in stored.items()}
+
+
+def _cell(content: Mapping[str, Any]) -> VerdictCell:
+    primary = content["primary"]
+    return VerdictCell(
+        verdict=content["verdict"],
+        effect=primary["mean"],
+        ci=tuple(primary["ci"]) if primary["ci"] else None,
+        contrast=primary["name"],
+        seeds=[int(seed) for seed in primary["differences"]],
+        date=content["date"],
+    )
+
+
+def as_json(rows: Sequence[PaperRow]) -> list[dict[str, Any]]:
+    """The rows as plain data."""
+    return [asdict(row) for row in rows]
+
+
+_HEAD = ("paper", "family", "scales", "golden cases", "sizes", *VERDICT_SCALES)
+
+
+def _cells(row: PaperRow) -> list[str]:
+    return [
+        row.family,
+        ", ".join(row.scales),
+        _fraction(row.golden_passed, row.golden_total),
+        _fraction(row.sizes_matched, row.sizes_total),
+        *(_verdict_text(row.verdicts.get(scale)) for scale in VERDICT_SCALES),
+    ]
+
+
+def _fraction(part: int | None, total: int | None) -> str:
+    return "–" if total is None else f"{part}/{total}"
+
+
+def _verdict_text(cell: VerdictCell | None) -> str:
+    if cell is None:
+        return "–"
+    effect = f"{cell.contrast} {signed(cell.effect)} {interval(cell.ci, sign=True)}"
+    return f"{cell.verdict}: {effect}, n={len(cell.seeds)}, {cell.date}"
+
+
+def as_markdown(rows: Sequence[PaperRow]) -> str:
+    """The README's table; titles link to the papers' folders."""
+    cells = [[f"[{row.title}](experiments/{row.slug}/)", *_cells(row)] for row in rows]
+    return "\n".join(markdown_table(_HEAD, cells))
+
+
+def as_rich(rows: Sequence[PaperRow]) -> Table:
+    """The table for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, row_styles=["", "dim"])
+    for name in _HEAD:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(f"[bold]{row.slug}[/]", *(Text(cell) for cell in _cells(row)))
+    return table

@@ -1,0 +1,261 @@
+"""From run folders and a claim to a verdict, and to `runs/<paper>/<scale>/verdict.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from reprise.evidence.claims import TUNING_SEEDS_FROM, Arm, Contrast, ScaledClaim, load_claim
+from reprise.evidence.files import read_json, write_json
+from reprise.evidence.runs import RunRecord, find_runs
+from reprise.evidence.statistics import Interval, Outcome, Summary, compare, summarise
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sample(_Record):
+    """One metric of one arm: every seed's value (None: not a finite number), mean, sd and 95 % t interval."""
+
+    values: dict[int, float | None]
+    n: int
+    mean: float | None
+    sd: float | None
+    ci: Interval | None
+
+
+class ArmResult(_Record):
+    """One arm: its label, its overrides and its metrics over the finished runs."""
+
+    label: str
+    overrides: list[str]
+    metrics: dict[str, Sample]
+
+
+class ContrastResult(_Record):
+    """One contrast with its statistics and verdict.
+
+    Attributes:
+        differences: seed -> plus minus minus, for the seeds that every arm of the contrast has.
+        unpaired: seeds that were asked for but lack a finished run with the metric in some arm.
+        others: see `reprise.evidence.statistics.Difference`.
+    """
+
+    name: str
+    metric: str
+    formula: str
+    direction: str
+    margin: float
+    differences: dict[int, float | None]
+    unpaired: list[int]
+    n: int
+    mean: float | None
+    sd: float | None
+    ci: Interval | None
+    bootstrap_ci: Interval | None
+    p: float | None
+    effect_size: float | None
+    verdict: Outcome
+    reason: str
+
+    @property
+    def claimed(self) -> str:
+        """What the claim says of the difference, e.g. `> 0.02`."""
+        return f"> {self.margin:g}" if self.direction == "higher" else f"< {-self.margin if self.margin else 0:g}"
+
+
+class MissingRun(_Record):
+    """A run that the verdict wanted and did not get."""
+
+    arm: str
+    seed: int
+    status: str
+    detail: str
+
+
+class Verdict(_Record):
+    """What the evidence says about a claim at one scale.
+
+    Attributes:
+        scale: the scale label of the runs.
+        date: the day (ISO) on which the last run finished; None without a finished run.
+        seeds: the seeds of the claim and any other verdict seed that was run.
+        config_hashes: `arm/seed=n` -> hash of the resolved configuration.
+        seconds: of all finished runs together.
+    """
+
+    paper: str
+    scale: str
+    statement: str
+    date: str | None
+    verdict: Outcome
+    reason: str
+    seeds: list[int]
+    arms: dict[str, ArmResult]
+    primary: ContrastResult
+    secondary: list[ContrastResult]
+    missing: list[MissingRun]
+    config_hashes: dict[str, str]
+    git_commits: list[str]
+    versions: dict[str, list[str]]
+    machines: list[str]
+    seconds: float
+    finished_runs: int
+
+    def contrasts(self) -> list[ContrastResult]:
+        return [self.primary, *self.secondary]
+
+
+def build_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
+    """The verdict over the run folders of one scale label; changes nothing on disk.
+
+    Raises:
+        ConfigError: no such paper, or its claim is wrong or says nothing about the scale.
+    """
+    return judge(slug, scale, load_claim(slug).at(scale), find_runs(runs_dir, slug, scale))
+
+
+def write_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
+    """Build the verdict and write `runs/<paper>/<scale>/verdict.json`."""
+    verdict = build_verdict(runs_dir, slug, scale)
+    write_json(runs_dir / slug / scale / "verdict.json", verdict.model_dump(mode="json"))
+    return verdict
+
+
+def judge(slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord]) -> Verdict:
+    """The verdict of a claim over given runs; tuning seeds and moved-aside runs do not count."""
+    current = {
+        (run.arm, run.seed): run
+        for run in runs
+        if run.seed is not None
+        and run.seed < TUNING_SEEDS_FROM
+        and run.status != "moved aside"
+        and run.arm in claim.arms
+    }
+    seeds = sorted({*claim.seeds, *(seed for _, seed in current)})
+    finished = {key: run for key, run in current.items() if run.is_finished}
+    primary, *secondary = (_contrast(contrast, seeds, finished) for contrast in claim.contrasts())
+    outcome, reason = primary.verdict, primary.reason
+    if label == "smoke":
+        outcome, reason = "inconclusive", "A smoke run proves the wiring, not the claim."
+    records = list(finished.values())
+    return Verdict(
+        paper=slug,
+        scale=label,
+        statement=claim.statement,
+        date=max((run.text("finished")[:10] for run in records), default="") or None,
+        verdict=outcome,
+        reason=reason,
+        seeds=seeds,
+        arms={name: _arm(name, arm, claim.metrics(), records) for name, arm in claim.arms.items()},
+        primary=primary,
+        secondary=secondary,
+        missing=_missing(claim, seeds, current),
+        config_hashes={f"{arm}/seed={seed}": run.text("config_hash") for (arm, seed), run in sorted(finished.items())},
+        git_commits=_distinct(run.text("git_commit") for run in records),
+        versions=_versions(records),
+        machines=_distinct(describe_machine(run) for run in records),
+        seconds=sum(run.seconds for run in records),
+        finished_runs=len(records),
+    )
+
+
+def _contrast(contrast: Contrast, seeds: list[int], finished: dict[tuple[str, int], RunRecord]) -> ContrastResult:
+    differences: dict[int, float] = {}
+    for seed in seeds:
+        metrics = {arm: finished[arm, seed].metrics for arm in contrast.arms() if (arm, seed) in finished}
+        try:
+            differences[seed] = contrast.value(metrics)
+        except KeyError:
+            continue
+    statistics = compare(list(differences.values()), direction=contrast.direction, margin=contrast.margin)
+    return ContrastResult(
+        name=contrast.name,
+        metric=contrast.metric,
+        formula=contrast.formula(),
+        direction=contrast.direction,
+        margin=contrast.margin,
+        differences={seed: _finite(value) for seed, value in differences.items()},
+        unpaired=[seed for seed in seeds if seed not in differences],
+        n=statistics.summary.n,
+        mean=statistics.summary.mean,
+        sd=statistics.summary.sd,
+        ci=statistics.summary.ci,
+        bootstrap_ci=statistics.bootstrap_ci,
+        p=statistics.p,
+        effect_size=statistics.effect_size,
+        verdict=statistics.outcome,
+        reason=statistics.reason,
+    )
+
+
+def _arm(name: str, arm: Arm, metrics: list[str], runs: Sequence[RunRecord]) -> ArmResult:
+    own = sorted((run for run in runs if run.arm == name), key=lambda run: run.seed or 0)
+    samples = {}
+    for metric in metrics:
+        values = {run.seed: run.metrics[metric] for run in own if run.seed is not None and metric in run.metrics}
+        if values:
+            samples[metric] = _sample(values, summarise(list(values.values())))
+    return ArmResult(label=arm.label, overrides=arm.overrides, metrics=samples)
+
+
+def _sample(values: dict[int, float], summary: Summary) -> Sample:
+    finite = {seed: _finite(value) for seed, value in values.items()}
+    return Sample(values=finite, n=summary.n, mean=summary.mean, sd=summary.sd, ci=summary.ci)
+
+
+def _missing(claim: ScaledClaim, seeds: list[int], current: dict[tuple[str, int], RunRecord]) -> list[MissingRun]:
+    missing = []
+    for arm in claim.arms:
+        for seed in seeds:
+            run = current.get((arm, seed))
+            if run is None:
+                missing.append(MissingRun(arm=arm, seed=seed, status="not run", detail="there is no run folder"))
+            elif not run.is_finished:
+                missing.append(MissingRun(arm=arm, seed=seed, status=run.status, detail=run.problem))
+            elif absent := _absent_metrics(claim, arm, run):
+                missing.append(MissingRun(arm=arm, seed=seed, status="no metric", detail=", ".join(absent)))
+    return missing
+
+
+def _absent_metrics(claim: ScaledClaim, arm: str, run: RunRecord) -> list[str]:
+    wanted = dict.fromkeys(term.metric for each in claim.contrasts() for term in each.terms() if term.arm == arm)
+    return [metric for metric in wanted if metric not in run.metrics]
+
+
+def _versions(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        given = run.info.get("versions")
+        for name, version in given.items() if isinstance(given, dict) else ():
+            versions.setdefault(str(name), set()).add(str(version))
+    return {name: sorted(found) for name, found in sorted(versions.items())}
+
+
+def describe_machine(run: RunRecord) -> str:
+    """The `machine` of run.json in one line."""
+    machine = run.info.get("machine")
+    if isinstance(machine, dict):
+        return ", ".join(f"{key} {value}" for key, value in machine.items() if value not in (None, "", [], {}))
+    return run.text("machine")
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return sorted({value for value in values if value})
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def read_verdict(path: Path) -> Verdict | None:
+    """A stored verdict, or None when there is none that is whole."""
+    content = read_json(path)
+    try:
+        return Verdict.model_validate(content)
+    except ValueError:
+        return None

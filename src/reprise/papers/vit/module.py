@@ -1,0 +1,150 @@
+"""ViT and its convolutional baseline as one Lightning module: everything but the network is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reprise import paths
+from reprise.data.loader import EvalLoader
+from reprise.data.module import DataModule
+from reprise.papers.vit.cnn import ConvNet
+from reprise.papers.vit.criterion import LOSSES
+from reprise.papers.vit.fewshot import few_shot_accuracy
+from reprise.papers.vit.model import VisionTransformer
+from reprise.papers.vit.weights import adapt_for_fine_tuning, import_weights, read_weights
+from reprise.training.classification import Classifier
+from reprise.training.module import OptimizerFactory, Picture, ScheduleFactory
+
+Network = VisionTransformer | ConvNet
+
+
+class ViTModule(Classifier):
+    """Supervised training of one of two networks, from scratch or from official weights.
+
+    Args:
+        vit, cnn: factories of the networks; only the chosen one is built.
+        network: "vit" or "cnn".
+        loss: "softmax" or "sigmoid" (see `criterion`).
+        decay_all: let weight decay reach biases, norms, positions and the class token too, not only kernels.
+        pretrained: official weights (.npz or .safetensors) to fine-tune from, a path or a name below the data root's
+            `vit/`, read when training starts; or None to train from scratch.
+        few_shot: shots per class of the closed-form evaluations that follow the test (`test/few_shot_<k>`).
+
+    Raises:
+        ValueError: an unknown network or loss.
+    """
+
+    def __init__(
+        self,
+        vit: Callable[[], VisionTransformer],
+        cnn: Callable[[], ConvNet],
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None = None,
+        *,
+        num_classes: int,
+        network: str = "vit",
+        loss: str = "softmax",
+        decay_all: bool = False,
+        pretrained: str | None = None,
+        few_shot: list[int] | None = None,
+    ) -> None:
+        factories: dict[str, Callable[[], Network]] = {"vit": vit, "cnn": cnn}
+        for value, options in ((network, factories), (loss, LOSSES)):
+            if value not in options:
+                raise ValueError(f"unknown {value!r}; one of {', '.join(options)}")
+        super().__init__(factories[network](), optimizer, schedule, num_classes=num_classes, criterion=LOSSES[loss])
+        self.num_classes = num_classes
+        self.decay_all = decay_all
+        self.pretrained = pretrained
+        self.few_shot = few_shot or []
+
+    @property
+    def network(self) -> Network:
+        """The model, typed."""
+        assert isinstance(self.model, VisionTransformer | ConvNet)
+        return self.model
+
+    @property
+    def _data(self) -> DataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in connect
+        assert isinstance(data, DataModule)
+        return data
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Kernels, and (without weight decay, unless `decay_all`) everything else."""
+        chosen = dict(self.network.named_parameters())
+        kernels = [value for name, value in chosen.items() if self.decay_all or is_kernel(name, value)]
+        decayed = {id(value) for value in kernels}
+        others = [value for value in chosen.values() if id(value) not in decayed]
+        groups: list[dict[str, Any]] = [{"params": kernels}]
+        return [*groups, {"params": others, "weight_decay": 0.0}] if others else groups
+
+    def setup(self, stage: str) -> None:
+        """Load the pre-trained weights; a checkpoint of an interrupted run is restored after this."""
+        if stage == "fit" and self.pretrained is not None:
+            state = adapt_for_fine_tuning(read_weights(_find(self.pretrained)), self.network)
+            self.network.load_state_dict(import_weights(state, self.network))
+
+    def on_test_epoch_end(self) -> None:
+        if not self.few_shot:
+            return
+        train, test = (self._features(split) for split in ("train", "test"))
+        for shots in self.few_shot:
+            accuracy = few_shot_accuracy(train, test, self.num_classes, shots)
+            self.log(f"test/few_shot_{shots}", accuracy, rank_zero_only=False, sync_dist=True)
+
+    @torch.no_grad()
+    def _features(self, split: str) -> tuple[Tensor, Tensor]:
+        feature, label = [], []
+        for batch in EvalLoader(self._data.source(split), self._data.eval_batch_size):
+            feature.append(self.network.features(batch["image"].to(self.device)).cpu())
+            label.append(batch["label"].cpu())
+        return torch.cat(feature), torch.cat(label)
+
+    def pictures(self) -> Iterator[Picture]:
+        from reprise.papers.vit import pictures
+
+        source = self._data.source("test")
+        batch = source.fetch(torch.arange(min(8, len(source))))
+        network = self.network.eval()
+        if isinstance(network, ConvNet):
+            first = network.convolutions[0].weight
+            assert isinstance(first, Tensor)
+            yield Picture("filters", pictures.filters_figure(first[:28]), "Filters of the CNN's first convolution.")
+            return
+        yield self._attention(network, batch["image"].to(self.device))
+        yield Picture(
+            "filters",
+            pictures.filters_figure(pictures.principal_filters(network.embedding.weight)),
+            "Principal components of the patch embedding's filters, the strongest first (figure 7, left).",
+        )
+        if network.positions is not None:
+            caption = "Cosine similarity of each patch's position embedding with all others: near ones are alike where "
+            caption += "the model has learned the 2-D layout (figure 7, centre)."
+            yield Picture("positions", pictures.position_figure(network), caption)
+
+    def _attention(self, network: VisionTransformer, image: Tensor) -> Picture:
+        from reprise.papers.vit import pictures
+
+        probability, answer = self.predict(image).max(-1)
+        names = self._data.spec.classes
+        titles = [f"{names[a]} {p:.0%}" for a, p in zip(answer.tolist(), probability.tolist(), strict=True)]
+        figure = pictures.attention_figure(network, image, titles)
+        return Picture(
+            "attention", figure, "Test images, and what reaches the classifier: attention rollout over all layers."
+        )
+
+
+def is_kernel(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter multiplies activations: convolutions and dense layers, not biases, norms or embeddings."""
+    return parameter.ndim >= 2 and name.endswith("weight")
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    return path if path.is_file() else paths.data_root() / "vit" / name

@@ -1,0 +1,73 @@
+"""Ctrl-C once saves and stops, twice stops at once; SIGTERM and SIGUSR1 (pre-emption) save and stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from reprise.errors import Interrupted
+from reprise.training.checkpoint import ExactCheckpoint, current_step
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers that someone asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals while the body runs (only possible in the main thread)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+class StopBetweenSteps(Callback):
+    """Ends the run between two steps once a stop was requested on any rank, after writing a checkpoint."""
+
+    def __init__(self, request: StopRequest, checkpoint: ExactCheckpoint | None) -> None:
+        self.request = request
+        self.checkpoint = checkpoint
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._requested(trainer):
+            return
+        step = current_step(trainer)
+        name = self.request.signal.name if self.request.signal else "a signal on another rank"
+        if self.checkpoint is None:
+            raise Interrupted(f"stopped by {name} at step {step}; this run keeps no checkpoints")
+        path = self.checkpoint.save(trainer, step)
+        raise Interrupted(
+            f"stopped by {name} at step {step}; everything is saved",
+            looked_at=path,
+            next_step="run the same command again to go on from there",
+        )
+
+    def _requested(self, trainer: Trainer) -> bool:
+        mine = self.request.signal is not None
+        if trainer.world_size == 1:
+            return mine
+        flag = torch.tensor(float(mine), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)

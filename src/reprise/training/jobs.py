@@ -1,0 +1,196 @@
+"""Many runs: which remain to be done, running them through a Hydra launcher, and one live view of all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from reprise import config as configuration
+from reprise.errors import ConfigError
+from reprise.training.runfolder import RunFolder, write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: tuple[str, ...]
+    folder: Path
+    config_hash: str
+    slug: str
+    scale: str
+    arm: str
+    seed: int
+    steps: int
+
+    @classmethod
+    def of(cls, overrides: Sequence[str], hydra_config: DictConfig) -> Job:
+        cfg = configuration.resolve(hydra_config)
+        return cls(
+            overrides=tuple(overrides),
+            folder=configuration.run_dir(cfg),
+            config_hash=configuration.config_hash(cfg),
+            slug=cfg.slug,
+            scale=configuration.scale_label(cfg),
+            arm=str(cfg.arm),
+            seed=int(cfg.seed),
+            steps=int(cfg.steps),
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{self.slug}/{self.scale} {self.arm} seed={self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return RunFolder(self.folder).is_finished(self.config_hash)
+
+
+@dataclass
+class SweepOutcome:
+    """What became of the jobs of a sweep."""
+
+    jobs: list[Job]
+    skipped: list[Job] = field(default_factory=list)
+    failed: list[tuple[Job, str]] = field(default_factory=list)
+    dry_run: bool = False
+
+
+def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepOutcome:
+    """Run what is not finished yet; one failed job never stops the others."""
+    _refuse_collisions(jobs)
+    skipped = [job for job in jobs if job.finished]
+    todo = [job for job in jobs if not job.finished]
+    outcome = SweepOutcome(jobs, skipped, dry_run=dry_run)
+    console = Console(stderr=True)
+    if dry_run:
+        _list_jobs(jobs, Console())
+        return outcome
+    if skipped:
+        console.print(f"{len(skipped)} of {len(jobs)} runs are finished already; {len(todo)} to do")
+    if not todo:
+        return outcome
+    for job in todo:  # so that the live view does not show the progress of an earlier attempt
+        (job.folder / "progress.json").unlink(missing_ok=True)
+    with live_view(todo, len(skipped), console):
+        returns = launcher.launch([list(job.overrides) for job in todo], initial_job_idx=0)
+    for job, result in zip(todo, returns, strict=True):
+        if not isinstance(result.return_value, dict):
+            outcome.failed.append((job, result.return_value.message))
+            _leave_trace(job, result.return_value)
+    return outcome
+
+
+def _leave_trace(job: Job, failure: Any) -> None:
+    """A failed job's folder says why, also when the job died before it had one."""
+    folder = RunFolder(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "failure.txt").write_text(failure.trace)
+    if folder.read("run.json") is None:
+        facts = {"paper": job.slug, "scale": job.scale, "arm": job.arm, "seed": job.seed}
+        facts |= {"config_hash": job.config_hash, "status": "failed", "error": failure.message}
+        write_json(job.folder / "run.json", facts)
+
+
+def _refuse_collisions(jobs: Sequence[Job]) -> None:
+    seen: dict[Path, Job] = {}
+    for job in jobs:
+        other = seen.setdefault(job.folder, job)
+        if other is not job and other.config_hash != job.config_hash:
+            raise ConfigError(f"two different runs of the sweep share a folder: {job.name}", looked_at=job.folder)
+
+
+def _list_jobs(jobs: Sequence[Job], console: Console) -> None:
+    table = Table("run", "state", "steps", "folder", title=f"{len(jobs)} runs")
+    for job in jobs:
+        state = "finished" if job.finished else ("started" if (job.folder / "run.json").exists() else "to do")
+        table.add_row(job.name, state, str(job.steps), str(job.folder))
+    console.print(table)
+
+
+@contextmanager
+def live_view(jobs: Sequence[Job], skipped: int, console: Console) -> Iterator[None]:
+    """A table of all jobs with the time left, fed by the progress files; in a log file, a line now and then."""
+    stop = threading.Event()
+    view = _View(jobs, skipped)
+    target = _animate if console.is_terminal else _log_lines
+    thread = threading.Thread(target=target, args=(view, stop, console), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _View:
+    """Reads progress files and turns them into a table and an estimate."""
+
+    def __init__(self, jobs: Sequence[Job], skipped: int) -> None:
+        self.jobs = jobs
+        self.skipped = skipped
+        self.began = time.monotonic()
+        self.first = sum(self._fractions())
+
+    def _fractions(self) -> list[float]:
+        return [self._fraction(job) for job in self.jobs]
+
+    def _fraction(self, job: Job) -> float:
+        if job.finished:
+            return 1.0
+        progress = RunFolder(job.folder).read("progress.json")
+        return min(progress["step"] / max(progress["steps"], 1), 0.99) if progress else 0.0
+
+    def seconds_left(self, fractions: Sequence[float]) -> float | None:
+        done = sum(fractions) - self.first
+        elapsed = time.monotonic() - self.began
+        return elapsed * (len(self.jobs) - sum(fractions)) / done if done > 0.01 else None
+
+    def line(self) -> str:
+        fractions = self._fractions()
+        finished = sum(fraction == 1.0 for fraction in fractions) + self.skipped
+        left = self.seconds_left(fractions)
+        share = sum(fractions) / len(fractions)
+        return f"{finished}/{len(self.jobs) + self.skipped} runs finished, {share:.0%} of the work, {_clock(left)} left"
+
+    def __rich__(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        fractions = self._fractions()
+        for job, fraction in zip(self.jobs, fractions, strict=True):
+            if 0 < fraction < 1:
+                progress = RunFolder(job.folder).read("progress.json") or {}
+                note = f"{progress.get('phase', '')} {progress.get('step', 0)}/{progress.get('steps', job.steps)}"
+                table.add_row(job.name, ProgressBar(total=1, completed=fraction, width=30), note)
+        total = Table.grid(padding=(0, 2))
+        share = sum(fractions) / len(fractions)
+        total.add_row(Text(self.line(), style="bold"), ProgressBar(total=1, completed=share, width=30))
+        return Group(table, total)
+
+
+def _animate(view: _View, stop: threading.Event, console: Console) -> None:
+    with Live(view, console=console, refresh_per_second=2, transient=True):
+        stop.wait()
+
+
+def _log_lines(view: _View, stop: threading.Event, console: Console) -> None:
+    while not stop.wait(30):
+        console.print(view.line())
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown time"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,220 @@
+"""One run, from its resolved configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from reprise import config as configuration
+from reprise.data.module import DataModule
+from reprise.errors import ConfigError, Interrupted, RepriseError
+from reprise.seeding import seed_all
+from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, newest_checkpoint
+from reprise.training.instantiate import instantiate
+from reprise.training.interrupt import StopBetweenSteps, StopRequest
+from reprise.training.module import PaperModule
+from reprise.training.recording import LearningRate, ProgressReport, Reseed, RunLogger, save_pictures
+from reprise.training.runfolder import MetricsFile, RunFolder, write_atomic, write_json
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    data: DataModule
+    module: PaperModule
+
+
+def build(cfg: DictConfig) -> Parts:
+    """The data module and the paper's module of a configuration, initialised from its seed."""
+    data = instantiate(cfg.data, path="data")
+    seed_all(cfg.seed, "init")
+    module = instantiate(cfg.paper, path="paper")
+    if not isinstance(module, PaperModule):
+        raise ConfigError(f"{cfg.paper._target_} is not a PaperModule", looked_at="paper._target_")
+    return Parts(data, module)
+
+
+def train(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
+    """Run one configuration in this process (one rank of it, under a process group) and return its test metrics.
+
+    A finished run is not repeated; an interrupted one continues. The run folder is `config.run_dir(cfg)`.
+
+    Raises:
+        RepriseError: whatever the user can do something about; the run folder says how it ended.
+    """
+    torch.set_num_threads(cfg.threads)
+    folder = RunFolder(configuration.run_dir(cfg))
+    config_hash = configuration.config_hash(cfg)
+    if folder.is_finished(config_hash):
+        return (folder.read("summary.json") or {})["metrics"]
+    rank = _rank()
+    if rank == 0:
+        folder.prepare(config_hash)
+        write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
+        folder.start(_facts(cfg, config_hash))
+    began = time.monotonic()
+    try:
+        with _quiet_lightning():
+            metrics = _fit_and_test(cfg, folder, config_hash, show_progress)
+    except BaseException as error:
+        if rank == 0:
+            _record_failure(folder, error, time.monotonic() - began)
+        raise
+    if rank == 0:
+        write_json(folder.path / "summary.json", {"metrics": metrics})
+        folder.end("finished", seconds=time.monotonic() - began)
+    return metrics
+
+
+def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bool) -> dict[str, float]:
+    parts = build(cfg)
+    identity = {"paper": cfg.slug, "config_hash": config_hash}
+    found = newest_checkpoint(folder.path / "checkpoints", identity)
+    start = found[1] if found else 0
+    curves = MetricsFile(folder.path / "metrics.csv")
+    if _rank() == 0:
+        curves.cut_back(start)
+    request = StopRequest()
+    progress = ProgressReport(folder, cfg.steps, f"{cfg.slug} {cfg.scale} {cfg.arm} seed {cfg.seed}", show)
+    trainer = make_trainer(cfg, folder, identity, curves, request, progress)
+    with request.listening(), contextlib.closing(progress):
+        if start < cfg.steps:
+            parts.data.start_step = start
+            module = torch.compile(parts.module) if cfg.compile else parts.module
+            trainer.fit(module, datamodule=parts.data, ckpt_path=found[0] if found else None, weights_only=True)
+            checkpoint_of(trainer).save(trainer, cfg.steps)
+        elif found:
+            content = torch.load(found[0], map_location="cpu", weights_only=True)
+            parts.module.on_load_checkpoint(content)
+            parts.module.load_state_dict(content["state_dict"])
+        return _test(trainer, parts, folder, curves, cfg)
+
+
+def _test(trainer: pl.Trainer, parts: Parts, folder: RunFolder, curves: MetricsFile, cfg: DictConfig) -> dict[str, float]:
+    """Touch the test data once; the metrics and the pictures of the final state."""
+    trainer.test(parts.module, datamodule=parts.data, verbose=False)
+    metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("test/")}
+    if not metrics:
+        raise ConfigError(f"{cfg.paper._target_} logged no test/<metric>", looked_at="its test_step")
+    if trainer.is_global_zero:
+        curves.cut_back(cfg.steps)
+        curves.append(cfg.steps, metrics)
+        with torch.no_grad():
+            parts.module.eval()
+            save_pictures(parts.module, folder)
+    return metrics
+
+
+def make_trainer(
+    cfg: DictConfig,
+    folder: RunFolder,
+    identity: Mapping[str, str],
+    curves: MetricsFile,
+    request: StopRequest,
+    progress: ProgressReport,
+) -> pl.Trainer:
+    """The Trainer of a run: one endless epoch of `steps` batches, deterministic, with the standard callbacks."""
+    configured = {name: instantiate(node, path=f"callbacks.{name}") for name, node in cfg.callbacks.items()}
+    checkpoint = next((item for item in configured.values() if isinstance(item, ExactCheckpoint)), None)
+    if checkpoint is None:
+        raise ConfigError("the run has no ExactCheckpoint callback", looked_at="callbacks", next_step="callbacks=default")
+    checkpoint.folder, checkpoint.identity = folder.path / "checkpoints", dict(identity)
+    options = {key: instantiate(value, path=f"trainer.{key}") if key == "strategy" and isinstance(value, DictConfig) else value
+               for key, value in cfg.trainer.items()}
+    return pl.Trainer(
+        **options,
+        max_epochs=1,
+        val_check_interval=min(cfg.val_every or cfg.steps, cfg.steps),
+        log_every_n_steps=max(1, cfg.steps // 200),
+        logger=[RunLogger(curves), *_mirrors(cfg, folder)],
+        callbacks=[
+            StopBetweenSteps(request, checkpoint),
+            *(item for item in configured.values() if item is not checkpoint),
+            checkpoint,
+            Reseed(cfg.seed),
+            LearningRate(),
+            progress,
+        ],
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        deterministic=True,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder.path,
+    )
+
+
+def _mirrors(cfg: DictConfig, folder: RunFolder) -> list[Any]:
+    """Further loggers; each mirrors the run folder."""
+    made = []
+    for name, node in cfg.logger.items():
+        extra: dict[str, Any] = {"save_dir": str(folder.path)}
+        if name == "wandb":
+            extra["run_config"] = OmegaConf.to_container(cfg, resolve=True)
+        made.append(instantiate(node, path=f"logger.{name}", **extra))
+    return made
+
+
+def checkpoint_of(trainer: pl.Trainer) -> ExactCheckpoint:
+    return next(item for item in trainer.callbacks if isinstance(item, ExactCheckpoint))  # type: ignore[attr-defined]
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", "0"))
+
+
+def _facts(cfg: DictConfig, config_hash: str) -> dict[str, Any]:
+    return {
+        "paper": cfg.slug,
+        "scale": configuration.scale_label(cfg),
+        "arm": cfg.arm,
+        "seed": cfg.seed,
+        "config_hash": config_hash,
+    }
+
+
+def _record_failure(folder: RunFolder, error: BaseException, seconds: float) -> None:
+    interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+    text = str(error) if isinstance(error, RepriseError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # a full disk must not hide the first error
+        folder.end("interrupted" if interrupted else "failed", seconds=seconds, error=text)
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's advice about loaders and devices does not apply here: loaders are functions of the step."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for pattern in (".*dataloader.*", ".*DataLoader.*", ".*GPU available.*", ".*LeafSpec.*", ".*treespec.*"):
+            warnings.filterwarnings("ignore", message=pattern)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def read_config(path: Path) -> DictConfig:
+    """The resolved configuration of a run folder's config.yaml."""
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    OmegaConf.set_struct(loaded, True)
+    return loaded

@@ -1,0 +1,27 @@
+"""What all tests share: one thread, run folders and caches of their own, and where optional data is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders never mix with the user's; the cache is shared by the tests of a session."""
+    monkeypatch.setenv("REPRISE_RUNS", str(tmp_path_factory.mktemp("runs")))
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("REPRISE_CACHE", os.environ.get("REPRISE_TEST_CACHE", str(cache)))
+
+
+@pytest.fixture
+def goldens() -> Path:
+    """The folder of golden cases, from REPRISE_GOLDENS."""
+    folder = os.environ.get("REPRISE_GOLDENS")
+    if not folder:
+        pytest.skip("REPRISE_GOLDENS is not set: no golden cases of official code at hand")
+    return Path(folder)

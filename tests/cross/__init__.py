@@ -1,0 +1,1 @@
+"""Tests over every paper, by discovery."""

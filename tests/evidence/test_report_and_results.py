@@ -1,0 +1,224 @@
+"""The HTML report, the index, RESULTS.md and the table of papers."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from reprise.errors import ConfigError
+from reprise.evidence import figures, table
+from reprise.evidence.report import build_index, build_report
+from reprise.evidence.results import write_results
+from reprise.evidence.results_file import check_results, embed, read_results
+
+from .conftest import CARD, CLAIM
+
+SUPPORTED = [0.10, 0.12, 0.11, 0.09, 0.10]
+
+
+class Outline(HTMLParser):
+    """Collects what the tests look at: balance of tags, images, ids, links."""
+
+    VOID = frozenset({"meta", "img", "br", "path", "line", "use", "rect", "circle", "link", "hr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.svgs: list[dict[str, str | None]] = []
+        self.ids: list[str] = []
+        self.resources: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(given)
+        if tag == "svg":
+            self.svgs.append(given)
+        if "id" in given:
+            self.ids.append(str(given["id"]))
+        if "src" in given:
+            self.resources.append(str(given["src"]))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def outline(html: str) -> Outline:
+    parser = Outline()
+    parser.feed(html)
+    assert parser.open == []
+    return parser
+
+
+def test_the_report_is_whole_and_self_contained(workshop):
+    workshop.fill(SUPPORTED)
+    workshop.fill([-gain for gain in SUPPORTED], scale="public")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    parsed = outline(html)
+    assert len(parsed.images) == 4  # two arms at two scales
+    assert all(image["alt"] for image in parsed.images)
+    assert all(source.startswith("data:image/png;base64,") for source in parsed.resources)
+    assert all("aria-label" in svg or "aria-hidden" in svg for svg in parsed.svgs)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert not re.search(r"<script|<link|@import|url\(http", html)
+    for text in (
+        CLAIM["statement"],
+        "Supported",
+        "Refuted",
+        "Toys &amp; Boxes",
+        "One-to-many &lt;assignment&gt;",
+        "Boxes of control &amp; friends",
+        "500 epochs",
+        "pre-training",
+        "paper.as_released=true",
+        "Some CPU",
+        "torch 2.14.1",
+        "make reproduce PAPER=toy_paper SCALE=small",
+        "git checkout 0123456789abcdef",
+        "prefers-color-scheme: dark",
+        "@media print",
+        "Learning rate chosen on seeds 100 to 102.",
+    ):
+        assert text in html, text
+    for seed, gain in enumerate(SUPPORTED):
+        assert f"<b>{seed}:</b> +{gain:.4f}" in html
+
+
+def test_the_report_is_the_same_when_built_again(workshop):
+    workshop.fill(SUPPORTED)
+    first = build_report(workshop.runs, "toy_paper").read_bytes()
+    assert build_report(workshop.runs, "toy_paper").read_bytes() == first
+
+
+def test_a_report_of_broken_and_missing_runs(workshop):
+    workshop.run("method", 0, {}, status="failed", error="out of <memory>")
+    workshop.run("method", 1, {"test/ap": 0.3, "test/nms_gain": 0.1}, scale="small~steps=3")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    outline(html)
+    assert "out of &lt;memory&gt;" in html
+    assert "no finished run" in html
+    assert "reprise train experiment=toy_paper/small~steps=3 arm=method seed=1" in html
+
+
+def test_nothing_to_report_is_an_error(workshop):
+    with pytest.raises(ConfigError, match="no runs of toy_paper"):
+        build_report(workshop.runs, "toy_paper")
+    with pytest.raises(ConfigError, match="no paper 'nobody'"):
+        build_report(workshop.runs, "nobody")
+
+
+def test_the_index_lists_papers_with_runs(workshop):
+    assert "No runs yet" in build_index(workshop.runs).read_text()
+    workshop.fill(SUPPORTED)
+    (workshop.runs / "not_a_paper" / "small" / "x" / "seed=0").mkdir(parents=True)
+    html = build_index(workshop.runs).read_text()
+    outline(html)
+    assert 'href="toy_paper/report.html"' in html
+    assert "Supported" in html
+    assert "not_a_paper" not in html
+
+
+def test_band_averages_bins_within_a_seed_then_over_seeds():
+    curves = [[(0, 1.0), (1, 3.0), (2, 5.0)], [(0, 2.0), (1, 4.0), (2, float("nan"))]]
+    merged = figures.band(curves, points=2)
+    assert merged.steps == [0.5, 2.0]
+    assert merged.mean == [2.5, 5.0]
+    assert (merged.low, merged.high) == ([2.0, 5.0], [3.0, 5.0])
+    assert figures.band([]).steps == []
+
+
+def test_figures_take_their_colours_from_the_page():
+    svg = figures.curve_figure({"a": [{"m": [(0, 1.0), (5, 2.0)]}], "b": []}, "m")
+    assert svg.startswith("<svg viewBox=")
+    assert "var(--s0)" in svg
+    assert "var(--ink)" in svg
+    assert not re.search("#f0e0d|#0a0b0", svg)
+
+
+def test_metrics_of_the_claim_come_first():
+    runs = [{name: [(0, 1.0), (1, 1.0)] for name in ("lr", "val/a", "val/z", "train/loss")} | {"val/once": [(0, 1.0)]}]
+    assert figures.shown_metrics(runs, ["test/z", "test/none"]) == ["val/z", "train/loss", "val/a"]
+
+
+def test_results_are_written_sealed_and_read_back(workshop):
+    workshop.fill(SUPPORTED)
+    path = write_results(workshop.runs, "toy_paper")
+    text = path.read_text()
+    assert check_results(path)
+    assert "**supported**" in text
+    assert "0: +0.1000" not in text  # seeds of the arms are listed, with their own values
+    assert "4: 0.5400" in text
+    assert read_results(path)["small"]["primary"]["verdict"] == "supported"
+    path.write_text(text.replace("**supported**", "**refuted**"))
+    assert not check_results(path)
+    path.write_text(text + "\n")
+    assert not check_results(path)
+    path.write_text(text.rpartition("<!--")[0])
+    assert not check_results(path)
+
+
+def test_a_stored_scale_survives_until_there_is_as_much_evidence(workshop):
+    workshop.fill(SUPPORTED)
+    workshop.fill([0.3], scale="public")
+    path = write_results(workshop.runs, "toy_paper")
+    for folder in (workshop.runs / "toy_paper" / "small").glob("*/seed=[1-4]"):
+        (folder / "summary.json").unlink()
+    workshop.fill([], scale="public")
+    assert write_results(workshop.runs, "toy_paper") == path
+    assert read_results(path)["small"]["verdict"] == "supported"
+    assert "Missing runs:" in path.read_text()  # of the public scale
+    assert check_results(path)
+
+
+def test_results_without_runs_or_with_damage_are_errors(workshop):
+    with pytest.raises(ConfigError, match="no finished runs"):
+        write_results(workshop.runs, "toy_paper")
+    path = workshop.experiment / "RESULTS.md"
+    path.write_text("<!-- verdicts\n{\n-->\n")
+    with pytest.raises(ConfigError, match="damaged"):
+        read_results(path)
+    path.write_text('<!-- verdicts\n{"small": {}}\n-->\n')
+    with pytest.raises(ConfigError, match="does not fit"):
+        write_results(workshop.runs, "toy_paper")
+
+
+def test_data_cannot_close_its_comment(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("\n".join(embed({"small": {"statement": "a --> b ---- c"}})))
+    assert path.read_text().count("-->") == 1
+    assert read_results(path)["small"]["statement"] == "a --> b ---- c"
+
+
+def test_the_papers_table(workshop):
+    (bare,) = table.papers_table()
+    assert (bare.golden_total, bare.sizes_total, bare.verdicts) == (None, None, {})
+    workshop.fill(SUPPORTED)
+    write_results(workshop.runs, "toy_paper")
+    (workshop.experiment / "PARITY.json").write_text(json.dumps({"passed": 3, "total": 4}))
+    (workshop.experiment / "SIZES.json").write_text(json.dumps({"passed": 1, "total": 1}))
+    rows = table.papers_table()
+    (data,) = json.loads(json.dumps(table.as_json(rows)))
+    assert data["title"] == CARD["title"]
+    assert (data["golden_passed"], data["golden_total"], data["sizes_matched"]) == (3, 4, 1)
+    small = data["verdicts"]["small"]
+    assert (small["verdict"], small["seeds"], small["date"]) == ("supported", [0, 1, 2, 3, 4], "2026-01-01")
+    assert small["effect"] == pytest.approx(0.104)
+    markdown = table.as_markdown(rows)
+    assert "[Toys & Boxes](experiments/toy_paper/)" in markdown
+    assert "| 3/4 | 1/1 | supported: NMS gain +0.1040" in markdown
+    console = Console(width=200, record=True)
+    console.print(table.as_rich(rows))
+    assert "supported" in console.export_text()

@@ -1,0 +1,156 @@
+"""Run folders in every state, and verdicts from them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from reprise.evidence.panel import render_panel
+from reprise.evidence.runs import find_runs, papers_with_runs, read_run, scale_labels
+from reprise.evidence.verdict import build_verdict, read_verdict, write_verdict
+
+SUPPORTED = [0.10, 0.12, 0.11, 0.09, 0.10]
+
+
+def test_reads_a_finished_run(workshop):
+    run = read_run(workshop.run("method", 3, {"test/ap": 0.5}))
+    assert (run.paper, run.scale, run.arm, run.seed, run.status) == ("toy_paper", "small", "method", 3, "finished")
+    assert run.metrics == {"test/ap": 0.5}
+    assert run.seconds == 40.5
+    curves = run.curves()
+    assert len(curves["train/loss"]) == 200
+    assert [step for step, _ in curves["val/ap"]] == list(range(20, 201, 20))
+    assert [picture.name for picture in run.pictures()] == ["boxes"]
+
+
+def test_tolerates_every_kind_of_broken_folder(workshop):
+    torn = workshop.run("method", 0, {"test/ap": 0.5})
+    (torn / "summary.json").write_text('{"metrics": {"test')
+    with (torn / "metrics.csv").open("a") as file:
+        file.write("201,train/lo")
+    (torn / "pictures" / "boxes.png").unlink()
+    no_json = workshop.run("method", 1, {})
+    (no_json / "run.json").unlink()
+    workshop.run("method", 2, {}, status="running")
+    workshop.run("method", 3, {}, status="failed", error="DivergedError: loss is NaN\n  looked at: step 3")
+    workshop.run("method", 4, {"test/ap": None})
+    old = workshop.run("method", 5, {"test/ap": 0.1})
+    old.rename(old.with_name("seed=5~old-20260101"))
+    (workshop.runs / "toy_paper" / "small" / "method" / "seed=x").mkdir()
+    (workshop.runs / "toy_paper" / "small" / "verdict.json").write_text("{}")
+    found = {run.folder.name: run for run in find_runs(workshop.runs, "toy_paper")}
+    assert {name: run.status for name, run in found.items()} == {
+        "seed=0": "damaged",
+        "seed=1": "damaged",
+        "seed=2": "running",
+        "seed=3": "failed",
+        "seed=4": "finished",
+        "seed=5~old-20260101": "moved aside",
+        "seed=x": "damaged",
+    }
+    assert found["seed=3"].problem == "DivergedError: loss is NaN"
+    assert math.isnan(found["seed=4"].metrics["test/ap"])
+    assert len(found["seed=0"].curves()["train/loss"]) == 200
+    assert found["seed=0"].pictures() == []
+
+
+def test_a_picture_outside_the_run_is_not_read(workshop):
+    folder = workshop.run("method", 0, {})
+    listing = [{"name": "x", "caption": "x", "file": "../../../secret.png"}, "nonsense"]
+    (folder / "pictures" / "pictures.json").write_text(json.dumps(listing))
+    assert read_run(folder).pictures() == []
+
+
+def test_scales_and_papers_are_found_in_order(workshop):
+    for scale in ("smoke", "public", "small~steps=3", "small"):
+        workshop.run("method", 0, {}, scale=scale)
+    assert scale_labels(workshop.runs, "toy_paper") == ["small", "public", "small~steps=3", "smoke"]
+    assert papers_with_runs(workshop.runs) == ["toy_paper"]
+    assert papers_with_runs(workshop.runs / "nowhere") == []
+
+
+def test_supported_verdict_with_everything_in_it(workshop):
+    workshop.fill(SUPPORTED)
+    verdict = write_verdict(workshop.runs, "toy_paper", "small")
+    assert verdict.verdict == "supported"
+    assert verdict.primary.mean == pytest.approx(0.104)
+    assert verdict.primary.differences == pytest.approx(dict(enumerate(SUPPORTED)))
+    assert verdict.arms["method"].metrics["test/ap"].values[4] == pytest.approx(0.54)
+    assert verdict.secondary[0].verdict == "supported"
+    assert verdict.config_hashes["control/seed=2"] == "control2"
+    assert verdict.versions["torch"] == ["2.14.1"]
+    assert (verdict.date, verdict.missing, verdict.finished_runs) == ("2026-01-01", [], 10)
+    assert read_verdict(workshop.runs / "toy_paper" / "small" / "verdict.json") == verdict
+
+
+@pytest.mark.parametrize(
+    ("gains", "outcome"), [([-g for g in SUPPORTED], "refuted"), ([0.3, -0.2, 0.1, -0.1, 0.0], "inconclusive")]
+)
+def test_other_verdicts(workshop, gains, outcome):
+    workshop.fill(gains)
+    assert build_verdict(workshop.runs, "toy_paper", "small").verdict == outcome
+
+
+def test_only_paired_seeds_count_and_the_others_are_named(workshop):
+    workshop.fill(SUPPORTED)
+    folder = workshop.runs / "toy_paper" / "small" / "control" / "seed=2"
+    (folder / "summary.json").unlink()
+    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    assert sorted(verdict.primary.differences) == [0, 1, 3, 4]
+    assert verdict.primary.unpaired == [2]
+    assert [(run.arm, run.seed, run.status) for run in verdict.missing] == [("control", 2, "damaged")]
+    assert verdict.verdict == "inconclusive"
+    assert "4 paired seeds" in verdict.reason
+
+
+def test_a_missing_metric_is_a_missing_run(workshop):
+    workshop.fill(SUPPORTED)
+    path = workshop.runs / "toy_paper" / "small" / "method" / "seed=1" / "summary.json"
+    path.write_text('{"metrics": {"test/ap": 0.5}}')
+    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    assert [(run.status, run.detail) for run in verdict.missing] == [("no metric", "test/nms_gain")]
+    assert verdict.secondary[0].n == 5
+
+
+def test_a_metric_that_is_nan_decides_nothing(workshop):
+    workshop.fill([*SUPPORTED, 0.1])
+    path = workshop.runs / "toy_paper" / "small" / "method" / "seed=1" / "summary.json"
+    path.write_text('{"metrics": {"test/nms_gain": NaN, "test/ap": 0.5}}')
+    verdict = write_verdict(workshop.runs, "toy_paper", "small")
+    assert verdict.verdict == "inconclusive"
+    assert "not finite" in verdict.reason
+    assert verdict.primary.differences[1] is None
+
+
+def test_more_seeds_count_and_tuning_seeds_do_not(workshop):
+    workshop.fill([*SUPPORTED, 0.11])
+    workshop.run("method", 100, {"test/nms_gain": 9.0, "test/ap": 9.0})
+    workshop.run("control", 100, {"test/nms_gain": 0.0, "test/ap": 0.0})
+    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    assert verdict.seeds == [0, 1, 2, 3, 4, 5]
+    assert verdict.primary.n == 6
+
+
+def test_no_runs_and_smoke_runs(workshop):
+    empty = build_verdict(workshop.runs, "toy_paper", "small")
+    assert (empty.verdict, empty.date, len(empty.missing)) == ("inconclusive", None, 10)
+    workshop.fill(SUPPORTED, scale="smoke")
+    smoke = build_verdict(workshop.runs, "toy_paper", "smoke")
+    assert smoke.verdict == "inconclusive"
+    assert "wiring" in smoke.reason
+
+
+@pytest.mark.parametrize("gains", [SUPPORTED, [-0.1], []])
+def test_the_panel_shows_arms_seeds_and_verdict(workshop, gains):
+    workshop.fill(gains)
+    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    console = Console(width=140, record=True, force_terminal=False)
+    console.print(render_panel(verdict))
+    text = console.export_text()
+    assert verdict.verdict.upper() in text
+    assert "Set prediction" in text
+    assert "NMS gain" in text
+    assert ("Missing runs" in text) == (len(gains) < 5)
