@@ -217,10 +217,16 @@ def weights(args: argparse.Namespace) -> int:
 
 def new_paper(args: argparse.Namespace) -> int:
     """Make the files of a paper that composes, runs and is collected by every test."""
+    import tempfile
+
     from reprise.scaffold import make_paper
+    from reprise.training.golden_losses import record
 
     for path in make_paper(args.slug):
         print(path)
+    with tempfile.TemporaryDirectory() as runs:
+        os.environ["REPRISE_RUNS"] = runs
+        print(record(args.slug))
     print(f"next: make reproduce PAPER={args.slug} ARGS=smoke=true")
     return 0
 

@@ -94,7 +94,7 @@ def test_the_report_is_whole_and_self_contained(workshop):
     ):
         assert text in html, text
     for seed, gain in enumerate(SUPPORTED):
-        assert f"<b>{seed}:</b> +{gain:.4f}" in html
+        assert f"<b>seed {seed}</b> +{gain:.4f}" in html
 
 
 def test_the_report_is_the_same_when_built_again(workshop):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from reprise.training.sharpness import SAM, frozen_statistics, worst_perturbatio
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.02, nesterov=True)
 
 
-def network(seed: int = 0) -> nn.Module:
+def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 
@@ -117,10 +116,10 @@ def test_step_takes_the_gradient_at_the_neighbour_and_updates_the_original_weigh
 def test_rho_zero_is_the_base_optimizer_with_one_pass() -> None:
     ours, theirs = network(), network()
     optimizer, plain = SAM(ours.parameters(), SGD, rho=0.0), SGD(theirs.parameters())
-    calls = []
+    calls: list[Tensor] = []
     x, y = data()
     inner = closure_of(ours, optimizer, x, y)
-    optimizer.step(lambda: calls.append(1) or inner())
+    optimizer.step(lambda: calls.append(inner()))
     plain.zero_grad()
     nn.functional.cross_entropy(theirs(x), y).backward()
     plain.step()
@@ -294,9 +293,19 @@ class Toy(PaperModule):
         super().__init__(optimizer)
         self.model, self.calls = network(), 0
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         self.calls += 1
         return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+
+class Batches:
+    """Three batches; unlike a list, Lightning takes it for one loader."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([data(step) for step in range(3)])
+
+    def __len__(self) -> int:
+        return 3
 
 
 def fit(module: Toy, **options: Any) -> None:
@@ -304,7 +313,7 @@ def fit(module: Toy, **options: Any) -> None:
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
         enable_model_summary=False, use_distributed_sampler=False, **options,
     )  # fmt: skip
-    trainer.fit(module, [data(step) for step in range(3)])
+    trainer.fit(module, Batches())
 
 
 def test_lightning_closures_give_the_same_weights_as_a_plain_loop() -> None:
@@ -328,44 +337,34 @@ def test_trainer_options_that_would_be_wrong_are_refused(options: dict[str, Any]
         fit(Toy(partial(SAM, base=SGD, rho=0.3)), **options)
 
 
-def replica(rank: int, port: int, sync: bool, decay: bool, sub_batch: int | None, out: str) -> None:
-    """One of two ranks: three DDP steps on its half of each batch; stores its weights."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+# sync_perturbations, decay_in_perturbation, sub_batch of two replicas; sub_batch of one process that does the same
+REPLICA_CASES = [(False, False, None, 4), (False, True, None, 4), (True, True, None, None), (False, False, 2, 2)]
+
+
+def replica(rank: int, store: str) -> None:
+    """One of two ranks: for each case three DDP steps on its half of each batch; stores its weights."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = DistributedDataParallel(network())
-    optimizer = SAM(
-        model.parameters(), SGD, rho=0.3, sync_perturbations=sync, decay_in_perturbation=decay, sub_batch=sub_batch
-    )
-    optimizer.attach(model)
-    for step in range(3):
-        x, y = data(step)
-        optimizer.step(closure_of(model, optimizer, x.chunk(2)[rank], y.chunk(2)[rank]))
-    torch.save(weights(model), f"{out}/{rank}.pt")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=2)
+    for number, (sync, decay, sub_batch, _) in enumerate(REPLICA_CASES):
+        model = DistributedDataParallel(network())
+        optimizer = SAM(
+            model.parameters(), SGD, rho=0.3, sync_perturbations=sync, decay_in_perturbation=decay, sub_batch=sub_batch
+        )
+        optimizer.attach(model)
+        for step in range(3):
+            x, y = data(step)
+            optimizer.step(closure_of(model, optimizer, x.chunk(2)[rank], y.chunk(2)[rank]))
+        torch.save(weights(model), f"{store}/{number}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sync", "decay", "sub_batch", "same_as"),
-    [(False, False, None, 4), (False, True, None, 4), (True, True, None, None), (False, False, 2, 2)],
-)
-def test_two_replicas(
-    tmp_path: Path, free_port: int, sync: bool, decay: bool, sub_batch: int | None, same_as: int | None
-) -> None:
+def test_replicas_perturb_alone_unless_synchronised(tmp_path: Path) -> None:
     """Per-replica perturbations are sub-batches of half the batch; synchronised ones are the whole batch's."""
-    mp.spawn(replica, (free_port, sync, decay, sub_batch, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
-    model = network()
-    train(model, SAM(model.parameters(), SGD, rho=0.3, decay_in_perturbation=decay, sub_batch=same_as), range(3))
-    torch.testing.assert_close(ranks[0], weights(model))
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    mp.spawn(replica, (str(tmp_path),), nprocs=2)
+    for number, (_, decay, _, same_as) in enumerate(REPLICA_CASES):
+        ranks = [torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True) for rank in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+        model = network()
+        train(model, SAM(model.parameters(), SGD, rho=0.3, decay_in_perturbation=decay, sub_batch=same_as), range(3))
+        torch.testing.assert_close(ranks[0], weights(model))

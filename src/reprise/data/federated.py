@@ -8,7 +8,7 @@ every method sees the same clients, whatever its seed), and a client's local ord
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -160,7 +160,11 @@ class Federated(DataModule):
 
     @property
     def spec(self) -> DataSpec:
-        return self.base.spec
+        spec = self.base.spec
+        if self.limit is None:
+            return spec
+        held_out = {split: min(size, self.limit) for split, size in spec.sizes.items() if split != "train"}
+        return replace(spec, sizes={**spec.sizes, **held_out})
 
     def build_source(self, split: str) -> Source:
         source = self.base.source(split)

@@ -75,10 +75,11 @@ class Published(_Strict):
 
 
 class RankException(_Strict):
-    """Where results depend on the number of ranks by design."""
+    """Where results depend on the number of ranks by design; `overrides` make a run rank-invariant, where possible."""
 
     what: Text
     reason: Text
+    overrides: list[str] = []
 
 
 class Card(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -78,8 +79,14 @@ def shown_metrics(runs: Sequence[Curves], first: Sequence[str] = ()) -> list[str
     return [metric for metric in wanted if metric in logged]
 
 
-def curve_figure(arms: Mapping[str, Sequence[Curves]], metric: str) -> str:
-    """Learning curves of one metric: a line (mean over seeds) and a band (lowest to highest seed) for each arm."""
+def curve_figure(arms: Mapping[str, Sequence[Curves]], metric: str, key: str = "") -> str:
+    """Learning curves of one metric: a line (mean over seeds) and a band (lowest to highest seed) for each arm.
+
+    Args:
+        arms: label -> the curves of each of its runs.
+        metric: which metric.
+        key: what tells this figure from others on its page, e.g. the scale.
+    """
     figure, axes = _new_figure(4.6, 2.9)
     for index, runs in enumerate(arms.values()):
         merged = band([curves[metric] for curves in runs if metric in curves])
@@ -91,11 +98,16 @@ def curve_figure(arms: Mapping[str, Sequence[Curves]], metric: str) -> str:
     axes.set_xlabel("step")
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
     axes.margins(x=0.01)
-    return _svg(figure, f"Learning curves of {metric} for the arms {', '.join(arms)}; the numbers are in metrics.csv")
+    return _svg(
+        figure, f"Learning curves of {metric} for the arms {', '.join(arms)}; the numbers are in metrics.csv", key
+    )
 
 
-def contrast_figure(contrast: ContrastResult) -> str:
-    """A strip: every seed's difference as a dot, the mean with its 95 % interval, zero, and the claimed side."""
+def contrast_figure(contrast: ContrastResult, key: str = "") -> str:
+    """A strip: every seed's difference as a dot, the mean with its 95 % interval, zero, and the claimed side.
+
+    `key` tells this figure from others on its page.
+    """
     figure, axes = _new_figure(7.2, 1.25)
     threshold = contrast.margin if contrast.direction == "higher" else -contrast.margin
     points = [value for value in contrast.differences.values() if value is not None]
@@ -116,7 +128,7 @@ def contrast_figure(contrast: ContrastResult) -> str:
     words = (
         f"{contrast.name}: mean difference {signed(contrast.mean)}, 95 % interval {interval(contrast.ci, sign=True)}"
     )
-    return _svg(figure, f"{words}; the claim says {contrast.claimed}")
+    return _svg(figure, f"{words}; the claim says {contrast.claimed}", key)
 
 
 def legend_swatch(index: int) -> str:
@@ -151,7 +163,7 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, description: str) -> str:
+def _svg(figure: Figure, description: str, key: str) -> str:
     """The figure as an `<svg>` element: text stays text, colours become variables, the size follows the page."""
     from matplotlib import rc_context
 
@@ -167,14 +179,12 @@ def _svg(figure: Figure, description: str) -> str:
     )
     for stand_in, variable in _VARIABLES.items():
         text = text.replace(stand_in, variable)
-    return _unique_ids(text, description).strip()
+    return _unique_ids(text, key).strip()
 
 
-def _unique_ids(text: str, salt: str) -> str:
+def _unique_ids(text: str, key: str) -> str:
     """Prefix ids, so that several figures can share a page."""
-    import hashlib
-
-    prefix = hashlib.blake2b((salt + text).encode(), digest_size=4).hexdigest()
+    prefix = hashlib.blake2b((key + text).encode(), digest_size=4).hexdigest()
     for pattern in (r'\bid="', r"url\(#", r'href="#'):
         text = re.sub(pattern, lambda found: f"{found.group(0)}f{prefix}-", text)
     return text

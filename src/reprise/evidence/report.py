@@ -126,9 +126,9 @@ def _section(runs_dir: Path, slug: str, label: str, card: Card) -> ScaleSection:
     return ScaleSection(
         verdict=verdict,
         data=card.data.get(claim.scale) or "",
-        strips=[(contrast, figures.contrast_figure(contrast)) for contrast in verdict.contrasts()],
+        strips=[(contrast, figures.contrast_figure(contrast, label)) for contrast in verdict.contrasts()],
         legend=[(figures.legend_swatch(index), arm.label) for index, arm in enumerate(claim.arms.values())],
-        curves=[Curve(metric, figures.curve_figure(by_arm, metric)) for metric in metrics],
+        curves=[Curve(metric, figures.curve_figure(by_arm, metric, label)) for metric in metrics],
         images=_images(finished, {name: arm.label for name, arm in claim.arms.items()}),
         runs=runs,
         repeat=_repeat(verdict, finished),

@@ -49,7 +49,7 @@ def _stored(path: Path) -> dict[str, Verdict]:
         return {scale: Verdict.model_validate(content) for scale, content in read_results(path).items()}
     except ValidationError as error:
         raise ConfigError(
-            f"The data in {path.parent.name}/{path.name} does not fit this version: {error.error_count()} wrong fields.",
+            f"The data in {path.parent.name}/{path.name} does not fit this version ({error.error_count()} fields).",
             looked_at=path,
             next_step="delete the file, then `reprise report --write` writes it from the run folders",
         ) from None

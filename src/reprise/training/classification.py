@@ -44,7 +44,7 @@ class Classifier(PaperModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.criterion(self(batch["image"]), batch["label"])
-        self.log("train/loss", loss)
+        self.log("train/loss", loss, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

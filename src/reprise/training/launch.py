@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from reprise import config as configuration
 from reprise.errors import Interrupted, RepriseError
+from reprise.training.interrupt import SIGNALS
 from reprise.training.run import train
 from reprise.training.runfolder import RunFolder, write_atomic
 
@@ -71,7 +72,7 @@ def _wait_and_forward_signals(child: subprocess.Popen[bytes]) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         os.killpg(child.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         return child.wait()
     finally:

@@ -92,8 +92,8 @@ def _render_chunk(options: SceneOptions, scenes: Scenes, frame: int) -> Rendered
         solid = np.greater_equal(coverage, 0.5)
         instances[place] = np.where(solid, slot + 1, instances[place])
         solid &= (row >= 0) & (row < side) & (column >= 0) & (column < side)
-        boxes_full[who, slot] = _boxes(solid) + np.tile(corner, 2) * (area_full[who, slot] > 0)[:, None]
         area_full[who, slot] = solid.sum((1, 2))
+        boxes_full[who, slot] = _boxes(solid) + np.tile(corner, 2) * (area_full[who, slot] > 0)[:, None]
     seen = np.ascontiguousarray(instances[:, inner, inner])
     visible = [seen == slot + 1 for slot in range(slots)]
     return Rendered(

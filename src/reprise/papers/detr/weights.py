@@ -38,9 +38,9 @@ def _hint(source: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     panoptic_file = any(key.startswith("mask_head.") for key in source)
     panoptic_model = any(key.startswith("mask_head.") for key in own)
     if panoptic_file and not panoptic_model:
-        return "this is a panoptic checkpoint: import it into the segmentation model (paper=detr_panoptic)"
+        return "this is a panoptic checkpoint: import it into the model with masks (paper.model.masks=true)"
     if panoptic_model and not panoptic_file:
-        return "this is a detector's checkpoint: import it into the plain detector (paper=detr)"
+        return "this is a detector's checkpoint: import it with paper.model.masks=false"
     return "choose the backbone, the numbers of layers and the position encoding that the checkpoint was trained with"
 
 

@@ -1,0 +1,184 @@
+"""Whatever a user does wrong ends in one clear message, a non-zero exit and no traceback; finished runs stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reprise import config as configuration
+from reprise.cli import main
+from tests.cross.support import run_child, smoke_config, write_config
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message of a command that must fail."""
+    code = main(list(argv))
+    message = capsys.readouterr().err
+    assert code != 0
+    assert "Traceback" not in message
+    assert message.count("reprise:") == 1, message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "no experiment is named"),
+        (["experiment=vitt/small"], "vit"),
+        (["experiment=vit/smal"], "'small'"),
+        (["experiment=vit/claim"], "no recipe 'claim'"),
+        (["experiment=vit/small", "arm=nonsense"], "has no arm 'nonsense'"),
+        (["experiment=vit/small", "paper.modle.depth=3"], "modle"),
+        (["experiment=vit/small", "+paper.modle=3"], "modle"),
+        (["experiment=vit/small", "steps=many"], "many"),
+        (["experiment=vit/small", "+typo=3"], "nothing reads the configuration key typo"),
+        (["experiment=vit/small", "paper._target_=os.system"], "'os.system' is not allowed"),
+        (["experiment=vit/small", "data=unheard_of"], "unheard_of"),
+        (["experiment=vit/small", "trainer.devices=auto"], "must be a number"),
+    ],
+)
+def test_configuration_mistakes(capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str) -> None:
+    assert expected in fails(capsys, "train", *overrides)
+
+
+def test_missing_data_names_the_place_and_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path))
+    monkeypatch.setenv("REPRISE_CACHE", str(tmp_path / "cache"))
+    message = fails(capsys, "train", "experiment=vit/public", "smoke=true")
+    assert str(tmp_path) in message
+    assert "reprise data fetch cifar10" in message
+
+
+def test_checkpoint_of_another_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    cfg = smoke_config("vit")
+    folder = configuration.run_dir(cfg) / "checkpoints"
+    folder.mkdir(parents=True)
+    foreign = {"reprise": {"format": "reprise-1", "step": 2, "paper": "detr", "config_hash": "0" * 16}}
+    torch.save(foreign, folder / "step=000000002.ckpt")
+    message = fails(capsys, "train", "experiment=vit/small", "smoke=true")
+    assert "belongs to another run" in message
+    assert "paper=detr" in message
+
+
+def test_unwritable_run_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a-file"
+    file.write_text("")
+    monkeypatch.setenv("REPRISE_RUNS", str(file / "runs"))
+    assert "cannot be written" in fails(capsys, "train", "experiment=vit/small", "smoke=true")
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    config = write_config(smoke_config("vit", "callbacks.checkpoint.every_steps=1"), tmp_path)
+    fault = """
+import torch, errno
+save, calls = torch.save, []
+def full(content, handle):
+    calls.append(1)
+    if len(calls) == 3:
+        handle.write(b"x"); raise OSError(errno.ENOSPC, "No space left on device")
+    save(content, handle)
+torch.save = full
+"""
+    failed = run_child(config, tmp_path / "runs", fault=fault)
+    assert failed.returncode == 1
+    assert "No space left on device" in failed.stderr
+    assert "continues from the last checkpoint" in failed.stderr
+    names = sorted(path.name for path in (tmp_path / "runs").rglob("checkpoints/*"))
+    assert names == ["step=000000001.ckpt", "step=000000002.ckpt"]
+
+
+def test_a_nan_loss_stops_with_step_and_batch(tmp_path: Path) -> None:
+    config = write_config(smoke_config("vit", "callbacks.checkpoint.every_steps=1"), tmp_path)
+    fault = """
+import torch.nn.functional as F
+loss, calls = F.cross_entropy, []
+def broken(*args, **kwargs):
+    calls.append(1)
+    return loss(*args, **kwargs) * (float("nan") if len(calls) == 2 else 1)
+F.cross_entropy = torch_loss = broken
+import torch; torch.nn.functional.cross_entropy = broken
+import reprise.training.classification as c; c.nn.functional.cross_entropy = broken
+"""
+    failed = run_child(config, tmp_path / "runs", fault=fault)
+    assert failed.returncode == 1, failed.stderr
+    assert "NaN or infinite at step 1" in failed.stderr
+    assert "with the training items [" in failed.stderr
+    assert "step=000000001.ckpt" in failed.stderr
+    run = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
+    assert run["status"] == "failed"
+
+
+SLOW_STEPS = """
+import time
+from reprise.training.interrupt import StopBetweenSteps
+def wait(self, *args): print("step", flush=True); time.sleep(0.5)
+StopBetweenSteps.on_train_batch_end = wait
+"""
+
+
+def start_and_signal(config: Path, runs: Path, signals: list[signal.Signals]) -> tuple[int, str]:
+    """Start a run, send signals once it trains, and return its exit code and messages."""
+    from tests.cross.support import CHILD
+
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(fault=SLOW_STEPS), str(config)],
+        env={**os.environ, "REPRISE_RUNS": str(runs)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    for number in signals:
+        child.send_signal(number)
+        time.sleep(0.05)
+    _, errors = child.communicate(timeout=120)
+    return child.returncode, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_one_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    config = write_config(smoke_config("vit"), tmp_path)
+    code, errors = start_and_signal(config, tmp_path / "runs", [number])
+    assert code == 130
+    assert f"stopped by {number.name} at step" in errors
+    assert "run the same command again" in errors
+    assert list((tmp_path / "runs").rglob("step=*.ckpt"))
+    again = run_child(config, tmp_path / "runs")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    config = write_config(smoke_config("vit"), tmp_path)
+    code, _ = start_and_signal(config, tmp_path / "runs", [signal.SIGINT, signal.SIGINT])
+    assert code != 0
+    assert not list((tmp_path / "runs").rglob("step=*.ckpt"))
+
+
+def test_a_failed_run_loses_no_other(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["train", "-m", "experiment=vit/small", "smoke=true", "seed=0,1", "data.train_size=64,100000"]
+    message_code = main([*argv, "hydra/launcher=basic"])
+    message = capsys.readouterr().err
+    assert message_code == 1
+    assert "2 of 4 runs did not finish" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("argv", [["report", "no-such-folder"], ["parity", "no-such-folder"], ["data", "check", "nothing"]])
+def test_other_commands(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    fails(capsys, *argv)
