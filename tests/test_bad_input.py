@@ -179,6 +179,8 @@ def test_a_failed_run_loses_no_other(capsys: pytest.CaptureFixture[str], monkeyp
     assert "Traceback" not in message
 
 
-@pytest.mark.parametrize("argv", [["report", "no-such-folder"], ["parity", "no-such-folder"], ["data", "check", "nothing"]])
+@pytest.mark.parametrize(
+    "argv", [["report", "no-such-folder"], ["parity", "no-such-folder"], ["data", "check", "nothing"]]
+)
 def test_other_commands(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     fails(capsys, *argv)

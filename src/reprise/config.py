@@ -30,7 +30,9 @@ HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batche
 
 def register_resolvers() -> None:
     """Resolvers that the configuration files use; safe to call again."""
-    OmegaConf.register_new_resolver("cores", lambda: int(os.environ.get("REPRISE_JOBS", os.cpu_count() or 1)), replace=True)
+    OmegaConf.register_new_resolver(
+        "cores", lambda: int(os.environ.get("REPRISE_JOBS", os.cpu_count() or 1)), replace=True
+    )
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -159,6 +161,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
             f"the configuration is incomplete: {str(error).splitlines()[0]}", next_step="set the key in the recipe"
         ) from error
     result = OmegaConf.create(resolved)
+    assert isinstance(result, DictConfig)
     OmegaConf.set_struct(result, True)
     _refuse_unread(kept)
     return result
@@ -189,7 +192,9 @@ def _refuse_unread(cfg: Any) -> None:
 
 def _leaves(node: Any, prefix: str = "") -> list[str]:
     if isinstance(node, dict) and node:
-        return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
     return [prefix]
 
 

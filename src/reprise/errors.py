@@ -49,7 +49,7 @@ class DivergedError(RepriseError):
     """Training produced a loss that is not finite."""
 
 
-class Interrupted(RepriseError):
+class InterruptedRunError(RepriseError):
     """The user or the scheduler asked to stop; the run was saved."""
 
     exit_code = 130

@@ -85,11 +85,18 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         if len(left) != len(right):
             return [f"{path}: lengths {len(left)} and {len(right)}"]
-        return [found for i, pair in enumerate(zip(left, right, strict=True)) for found in differences(*pair, f"{path}/{i}")]
+        return [
+            found for i, pair in enumerate(zip(left, right, strict=True)) for found in differences(*pair, f"{path}/{i}")
+        ]
     return [] if left == right else [f"{path}: {left!r} != {right!r}"]
 
 
 def _bits(tensor: Tensor) -> Tensor:
     """NaNs compare equal when their bits do."""
-    kinds = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+    kinds = {
+        torch.float32: torch.int32,
+        torch.float64: torch.int64,
+        torch.bfloat16: torch.int16,
+        torch.float16: torch.int16,
+    }
     return tensor.contiguous().view(kinds[tensor.dtype]) if tensor.dtype in kinds else tensor

@@ -42,7 +42,9 @@ def test_two_ranks_agree_with_one(slug: str, tmp_path: Path) -> None:
     weights = final_state(runs["one"])["state_dict"], final_state(runs["two"])["state_dict"]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=RELATIVE, atol=ABSOLUTE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weights[1][name], tensor, rtol=RELATIVE, atol=ABSOLUTE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_every_paper_was_collected() -> None:

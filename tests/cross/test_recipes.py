@@ -48,7 +48,9 @@ def test_every_value_of_an_ablation_builds(slug: str, recipe: str) -> None:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(paths.conf_dir()), version_base="1.3"):
-        raw = hydra_compose("train", overrides=[f"experiment={slug}/{recipe}", f"slug={slug}"], return_hydra_config=True)
+        raw = hydra_compose(
+            "train", overrides=[f"experiment={slug}/{recipe}", f"slug={slug}"], return_hydra_config=True
+        )
     params = dict(raw.hydra.sweeper.params)
     assert params, "an ablation without a sweep"
     for key, values in params.items():

@@ -210,15 +210,15 @@ def test_the_papers_table(workshop):
     (workshop.experiment / "PARITY.json").write_text(json.dumps({"passed": 3, "total": 4}))
     (workshop.experiment / "SIZES.json").write_text(json.dumps({"passed": 1, "total": 1}))
     rows = table.papers_table()
-    (data,) = json.loads(json.dumps(table.as_json(rows)))
+    (data,) = json.loads(table.to_json(rows))
     assert data["title"] == CARD["title"]
     assert (data["golden_passed"], data["golden_total"], data["sizes_matched"]) == (3, 4, 1)
     small = data["verdicts"]["small"]
     assert (small["verdict"], small["seeds"], small["date"]) == ("supported", [0, 1, 2, 3, 4], "2026-01-01")
     assert small["effect"] == pytest.approx(0.104)
-    markdown = table.as_markdown(rows)
+    markdown = table.to_markdown(rows)
     assert "[Toys & Boxes](experiments/toy_paper/)" in markdown
     assert "| 3/4 | 1/1 | supported: NMS gain +0.1040" in markdown
     console = Console(width=200, record=True)
-    console.print(table.as_rich(rows))
+    console.print(table.render(rows))
     assert "supported" in console.export_text()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from reprise.evidence.panel import render_panel
 from reprise.evidence.runs import find_runs, papers_with_runs, read_run, scale_labels
-from reprise.evidence.verdict import build_verdict, read_verdict, write_verdict
+from reprise.evidence.verdict import make_verdict, read_verdict, write_verdict
 
 SUPPORTED = [0.10, 0.12, 0.11, 0.09, 0.10]
 
@@ -74,7 +74,9 @@ def test_scales_and_papers_are_found_in_order(workshop):
 
 def test_supported_verdict_with_everything_in_it(workshop):
     workshop.fill(SUPPORTED)
-    verdict = write_verdict(workshop.runs, "toy_paper", "small")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
+    path = write_verdict(verdict, workshop.runs)
+    assert path == workshop.runs / "toy_paper" / "small" / "verdict.json"
     assert verdict.verdict == "supported"
     assert verdict.primary.mean == pytest.approx(0.104)
     assert verdict.primary.differences == pytest.approx(dict(enumerate(SUPPORTED)))
@@ -83,7 +85,7 @@ def test_supported_verdict_with_everything_in_it(workshop):
     assert verdict.config_hashes["control/seed=2"] == "control2"
     assert verdict.versions["torch"] == ["2.14.1"]
     assert (verdict.date, verdict.missing, verdict.finished_runs) == ("2026-01-01", [], 10)
-    assert read_verdict(workshop.runs / "toy_paper" / "small" / "verdict.json") == verdict
+    assert read_verdict(path) == verdict
 
 
 @pytest.mark.parametrize(
@@ -91,14 +93,14 @@ def test_supported_verdict_with_everything_in_it(workshop):
 )
 def test_other_verdicts(workshop, gains, outcome):
     workshop.fill(gains)
-    assert build_verdict(workshop.runs, "toy_paper", "small").verdict == outcome
+    assert make_verdict(workshop.runs, "toy_paper", "small").verdict == outcome
 
 
 def test_only_paired_seeds_count_and_the_others_are_named(workshop):
     workshop.fill(SUPPORTED)
     folder = workshop.runs / "toy_paper" / "small" / "control" / "seed=2"
     (folder / "summary.json").unlink()
-    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
     assert sorted(verdict.primary.differences) == [0, 1, 3, 4]
     assert verdict.primary.unpaired == [2]
     assert [(run.arm, run.seed, run.status) for run in verdict.missing] == [("control", 2, "damaged")]
@@ -110,7 +112,7 @@ def test_a_missing_metric_is_a_missing_run(workshop):
     workshop.fill(SUPPORTED)
     path = workshop.runs / "toy_paper" / "small" / "method" / "seed=1" / "summary.json"
     path.write_text('{"metrics": {"test/ap": 0.5}}')
-    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
     assert [(run.status, run.detail) for run in verdict.missing] == [("no metric", "test/nms_gain")]
     assert verdict.secondary[0].n == 5
 
@@ -119,7 +121,8 @@ def test_a_metric_that_is_nan_decides_nothing(workshop):
     workshop.fill([*SUPPORTED, 0.1])
     path = workshop.runs / "toy_paper" / "small" / "method" / "seed=1" / "summary.json"
     path.write_text('{"metrics": {"test/nms_gain": NaN, "test/ap": 0.5}}')
-    verdict = write_verdict(workshop.runs, "toy_paper", "small")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
+    write_verdict(verdict, workshop.runs)
     assert verdict.verdict == "inconclusive"
     assert "not finite" in verdict.reason
     assert verdict.primary.differences[1] is None
@@ -129,16 +132,16 @@ def test_more_seeds_count_and_tuning_seeds_do_not(workshop):
     workshop.fill([*SUPPORTED, 0.11])
     workshop.run("method", 100, {"test/nms_gain": 9.0, "test/ap": 9.0})
     workshop.run("control", 100, {"test/nms_gain": 0.0, "test/ap": 0.0})
-    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
     assert verdict.seeds == [0, 1, 2, 3, 4, 5]
     assert verdict.primary.n == 6
 
 
 def test_no_runs_and_smoke_runs(workshop):
-    empty = build_verdict(workshop.runs, "toy_paper", "small")
+    empty = make_verdict(workshop.runs, "toy_paper", "small")
     assert (empty.verdict, empty.date, len(empty.missing)) == ("inconclusive", None, 10)
     workshop.fill(SUPPORTED, scale="smoke")
-    smoke = build_verdict(workshop.runs, "toy_paper", "smoke")
+    smoke = make_verdict(workshop.runs, "toy_paper", "smoke")
     assert smoke.verdict == "inconclusive"
     assert "wiring" in smoke.reason
 
@@ -146,7 +149,7 @@ def test_no_runs_and_smoke_runs(workshop):
 @pytest.mark.parametrize("gains", [SUPPORTED, [-0.1], []])
 def test_the_panel_shows_arms_seeds_and_verdict(workshop, gains):
     workshop.fill(gains)
-    verdict = build_verdict(workshop.runs, "toy_paper", "small")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
     console = Console(width=140, record=True, force_terminal=False)
     console.print(render_panel(verdict))
     text = console.export_text()

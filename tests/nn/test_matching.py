@@ -28,7 +28,9 @@ def test_hungarian_is_the_cheapest_assignment(queries: int, objects: int, seed: 
     rows, columns = hungarian(cost)
     small, large = sorted((queries, objects))
     table = cost if objects <= queries else cost.T
-    best = min(sum(table[row, column] for column, row in enumerate(order)) for order in permutations(range(large), small))
+    best = min(
+        sum(table[row, column] for column, row in enumerate(order)) for order in permutations(range(large), small)
+    )
     assert len(rows) == small
     assert cost[rows, columns].sum() == pytest.approx(best)
     assert (np.diff(rows) > 0).all()
@@ -37,9 +39,7 @@ def test_hungarian_is_the_cheapest_assignment(queries: int, objects: int, seed: 
 def test_cost_formula_within_each_image() -> None:
     targets = _targets([3, 0, 1])
     probability, boxes = torch.rand(2, 3, 5, 4), 0.2 + 0.3 * torch.rand(2, 3, 5, 4)
-    cost = matching_cost(
-        probability, boxes, pad_targets(targets), class_weight=1.5, l1_weight=4.0, giou_weight=3.0
-    )
+    cost = matching_cost(probability, boxes, pad_targets(targets), class_weight=1.5, l1_weight=4.0, giou_weight=3.0)
     for layer in range(2):
         for image, target in enumerate(targets):
             for column, (label, box) in enumerate(zip(target["labels"], target["boxes"], strict=True)):

@@ -33,7 +33,9 @@ def _batch(counts: list[int], seed: int = 0) -> tuple[Tensor, Tensor, list[dict[
     return logits, boxes, targets
 
 
-def _slow_layer(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], eos: float) -> tuple[float, float, float]:
+def _slow_layer(
+    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], eos: float
+) -> tuple[float, float, float]:
     """(loss_ce, loss_bbox, loss_giou) of one layer, query by query."""
     nll = weights = l1 = giou = 0.0
     for image, target in enumerate(targets):

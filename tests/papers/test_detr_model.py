@@ -29,7 +29,11 @@ def _tiny(**options: object) -> DETR:
     torch.manual_seed(0)
     sizes = {"dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 24, "dropout": 0.0}
     model = build_detector(
-        num_classes=3, num_queries=5, backbone="conv_stem", stem_widths=(8, 16), **{**sizes, **options}  # type: ignore[arg-type]
+        num_classes=3,
+        num_queries=5,
+        backbone="conv_stem",
+        stem_widths=(8, 16),
+        **{**sizes, **options},  # type: ignore[arg-type]
     )
     assert isinstance(model, DETR)
     return model
@@ -197,7 +201,9 @@ def test_import_of_an_official_checkpoint_and_leftover_keys(tmp_path: Path) -> N
         import_weights(broken, model)
     with pytest.raises(CheckpointError, match="shapes differ"):
         import_weights(_tiny(dim_feedforward=8).state_dict(), model)
-    panoptic = {f"detr.{key}": value for key, value in other.state_dict().items()} | {"mask_head.lay1.bias": torch.ones(1)}
+    panoptic = {f"detr.{key}": value for key, value in other.state_dict().items()} | {
+        "mask_head.lay1.bias": torch.ones(1)
+    }
     with pytest.raises(CheckpointError, match=r"paper\.model\.masks=true"):
         import_weights(panoptic, model)
 

@@ -17,6 +17,7 @@ from reprise.papers.vit.criterion import sigmoid_cross_entropy, softmax_cross_en
 from reprise.papers.vit.fewshot import few_shot_accuracy, first_of_each_class, fit_least_squares
 from reprise.papers.vit.model import VisionTransformer, vision_transformer
 from reprise.papers.vit.module import ViTModule, is_kernel
+from reprise.papers.vit.networks import build
 from reprise.papers.vit.pictures import attention_rollout, position_similarity, principal_filters
 from reprise.papers.vit.positions import resize_positions, sin_cos_table, square_grid
 from reprise.papers.vit.weights import (
@@ -24,9 +25,8 @@ from reprise.papers.vit.weights import (
     adapt_for_fine_tuning,
     export_weights,
     import_weights,
-    read_npz,
-    read_weights,
 )
+from reprise.training.weights import read_weights
 
 
 def tiny(**changes: object) -> VisionTransformer:
@@ -249,7 +249,7 @@ def test_files_of_every_age(style: str, tmp_path: Path) -> None:
                 stored[name.replace("block_0", "block")] = torch.stack([stored.pop(name), other])
         stored = {f"params/img/{name}": value for name, value in stored.items()} | {"params/txt/head": torch.ones(2)}
     np.savez(tmp_path / "weights.npz", **{name: value.numpy() for name, value in stored.items()})
-    loaded = import_weights(read_npz(tmp_path / "weights.npz"), tiny())
+    loaded = import_weights(read_weights(tmp_path / "weights.npz"), tiny())
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
@@ -258,7 +258,7 @@ def test_bfloat16_arrays_are_read(tmp_path: Path) -> None:
     value = torch.randn(5).bfloat16()
     raw = value.view(torch.int16).numpy().view("V2")
     np.savez(tmp_path / "half.npz", x=raw)
-    assert torch.equal(read_npz(tmp_path / "half.npz")["x"], value.float())
+    assert torch.equal(read_weights(tmp_path / "half.npz")["x"], value.float())
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
@@ -338,11 +338,13 @@ def test_what_pictures_show() -> None:
 
 def module(network: str = "vit", **changes: object) -> ViTModule:
     return ViTModule(
-        lambda: tiny(image_shape=(3, 12, 12)),
-        lambda: ConvNet(image_shape=(3, 12, 12), num_classes=5, widths=(4, 6)),
+        build(
+            network,
+            lambda: tiny(image_shape=(3, 12, 12)),
+            lambda: ConvNet(image_shape=(3, 12, 12), num_classes=5, widths=(4, 6)),
+        ),
         lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.3),
         num_classes=5,
-        network=network,
         **changes,  # type: ignore[arg-type]
     )
 
@@ -374,7 +376,7 @@ def test_the_module_loads_official_weights_when_training_starts(tmp_path: Path) 
 
 
 def test_unknown_options_of_the_module_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown 'mlp'"):
+    with pytest.raises(ValueError, match="unknown network 'mlp'"):
         module("mlp")
-    with pytest.raises(ValueError, match="unknown 'hinge'"):
+    with pytest.raises(ValueError, match="unknown loss 'hinge'"):
         module(loss="hinge")

@@ -192,6 +192,7 @@ def test_schedules_act_on_the_base_optimizer() -> None:
 def test_groups_have_their_own_rho_and_frozen_parameters_stay() -> None:
     model = network()
     first, second = model[0], model[2]
+    assert isinstance(first, nn.Linear)
     first.weight.requires_grad_(False)
     frozen = first.weight.clone()
     groups = [{"params": list(first.parameters()), "rho": 0.0}, {"params": list(second.parameters())}]
@@ -227,7 +228,8 @@ def test_weights_come_back_when_the_second_pass_fails() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_move_only_in_the_first_pass(momentum: float | None) -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Linear(4, 3))
+    normalise = nn.BatchNorm1d(4, momentum=momentum)
+    model = nn.Sequential(nn.Linear(5, 4), normalise, nn.Linear(4, 3))
     reference = nn.BatchNorm1d(4, momentum=momentum)
     optimizer = SAM(model.parameters(), partial(SGD, lr=0.0), rho=0.5)
     optimizer.attach(model)
@@ -235,9 +237,9 @@ def test_running_statistics_move_only_in_the_first_pass(momentum: float | None) 
         x, y = data(step)
         reference(model[0](x))
         optimizer.step(closure_of(model, optimizer, x, y))
-    torch.testing.assert_close(model[1].running_mean, reference.running_mean)
-    torch.testing.assert_close(model[1].running_var, reference.running_var)
-    assert model[1].momentum == momentum
+    torch.testing.assert_close(normalise.running_mean, reference.running_mean)
+    torch.testing.assert_close(normalise.running_var, reference.running_var)
+    assert normalise.momentum == momentum
 
 
 def test_frozen_statistics_leave_evaluation_mode_alone() -> None:

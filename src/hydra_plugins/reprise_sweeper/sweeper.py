@@ -98,5 +98,3 @@ class RepriseSweeper(Sweeper):
 
         own = [item for item in combination if not item.startswith(("hydra.", "hydra/"))]
         return job_overrides(own)
-
-

@@ -29,8 +29,8 @@ class _Member:
 def safe_extract(archive: Path, target: Path, *, max_bytes: int = MAX_BYTES, max_files: int = MAX_FILES) -> list[Path]:
     """Unpack a tar (of any compression) or zip archive into `target`, all of it or nothing.
 
-    It is unpacked beside the target first; existing files of the same name are replaced at the end. Members with absolute
-    paths or `..`, links, devices and the like are refused, and so are archives that would unpack to more than the limits.
+    It is unpacked beside the target first; existing files of the same name are replaced at the end. Refused are members
+    with absolute paths or `..`, links, devices and the like, and archives that would unpack to more than the limits.
 
     Returns:
         The top-level files and folders, as they lie in `target`.
@@ -46,7 +46,15 @@ def safe_extract(archive: Path, target: Path, *, max_bytes: int = MAX_BYTES, max
             return [_move(path, target / path.name) for path in sorted(partial.iterdir())]
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
+    except (
+        OSError,
+        EOFError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         raise _refused(archive, f"cannot be unpacked: {error}") from error
     except Exception as error:
         if type(error).__module__ in ("zlib", "lzma", "_lzma"):  # damaged streams raise the codec's own error

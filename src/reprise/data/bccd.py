@@ -103,6 +103,20 @@ def split_names(folder: Path, split: str) -> list[str]:
     return names
 
 
+def split_files(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """(image, annotation) of each item of a split.
+
+    Raises:
+        DataError: BCCD is not there, or some of its files are missing.
+    """
+    names = split_names(folder, split)
+    files = [(folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml") for name in names]
+    missing = [path for pair in files for path in pair if not path.is_file()]
+    if missing:
+        raise _damaged(f"{len(missing)} files of the {split} split are missing", missing[0])
+    return files
+
+
 def read_split(split: str, size: tuple[int, int]) -> Arrays:
     """Images resized to fit `size` (h, w), and flat objects, as `DetectionSource` takes them; memory-mapped.
 
@@ -110,11 +124,7 @@ def read_split(split: str, size: tuple[int, int]) -> Arrays:
         DataError: the data is missing, truncated or foreign.
     """
     folder = data_root() / "bccd"
-    names = split_names(folder, split)
-    files = [(folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml") for name in names]
-    missing = [path for pair in files for path in pair if not path.is_file()]
-    if missing:
-        raise _damaged(f"{len(missing)} files of the {split} split are missing", missing[0])
+    files = split_files(folder, split)
     stats = [path.stat() for pair in files for path in pair]
     stamp = [str(folder.resolve()), [(stat.st_mtime_ns, stat.st_size) for stat in stats]]
     key = {"version": CACHE_VERSION, "split": split, "size": list(size), "stamp": stamp}

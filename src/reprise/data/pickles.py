@@ -36,7 +36,7 @@ ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Builds numbers, strings, bytes, lists, dicts and numpy arrays, and what `extra` names: (module, name) -> callable."""
+    """Builds numbers, strings, bytes, lists, dicts, arrays, and what `extra` names: (module, name) -> callable."""
 
     def __init__(self, file: Any, extra: Mapping[tuple[str, str], Callable[..., Any]] | None = None) -> None:
         super().__init__(file, encoding="bytes")

@@ -28,13 +28,19 @@ def _module(name: str, count: int) -> DataModule:
         "digits": lambda: Digits(batch_size=count, steps=1, limit=count),
         "shapes": lambda: ShapesDetection(batch_size=count, steps=1, limit=count, normalise="unit"),
         "shapes_classification": lambda: ShapesClassification(
-            batch_size=count, steps=1, limit=count, normalise="unit", scene={"image_size": 32, "min_size": 0.4, "max_size": 0.8}
+            batch_size=count,
+            steps=1,
+            limit=count,
+            normalise="unit",
+            scene={"image_size": 32, "min_size": 0.4, "max_size": 0.8},
         ),
         "cifar10": lambda: CIFAR10(batch_size=count, steps=1, limit=count, normalise="unit"),
         "bccd": lambda: BCCD(batch_size=count, steps=1, limit=count, normalise="unit"),
     }
     if name not in makers:
-        raise ConfigError(f"no pictures of {name!r}", next_step=f"reprise data show NAME with one of {', '.join(makers)}")
+        raise ConfigError(
+            f"no pictures of {name!r}", next_step=f"reprise data show NAME with one of {', '.join(makers)}"
+        )
     return makers[name]()
 
 
@@ -49,15 +55,22 @@ def contact_sheet(name: str, out_path: Path | str, count: int = 48, columns: int
     batch = source.fetch(torch.arange(min(count, len(source))))
     names = module.spec.classes
     if "targets" in batch:
-        cells = [detection_cell(image, target, names) for image, target in zip(batch["image"], batch["targets"], strict=True)]
+        cells = [
+            detection_cell(image, target, names) for image, target in zip(batch["image"], batch["targets"], strict=True)
+        ]
     else:
-        cells = [labelled_cell(image, names[label]) for image, label in zip(batch["image"], batch["label"].tolist(), strict=True)]
+        cells = [
+            labelled_cell(image, names[label])
+            for image, label in zip(batch["image"], batch["label"].tolist(), strict=True)
+        ]
     path = Path(out_path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tile(cells, columns).save(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"the sheet cannot be written: {error}", looked_at=path, next_step="choose another path") from error
+        raise DataError(
+            f"the sheet cannot be written: {error}", looked_at=path, next_step="choose another path"
+        ) from error
     return path
 
 

@@ -79,8 +79,8 @@ class Contrast(_Strict):
         return total
 
     def formula(self) -> str:
-        """The contrast as a reader's formula, e.g. `one_to_many - detr`."""
-        return " + ".join(self.plus) + "".join(f" - {text}" for text in self.minus)
+        """The contrast as a reader's formula, e.g. `one_to_many − detr`."""
+        return " + ".join(self.plus) + "".join(f" − {text}" for text in self.minus)
 
 
 class ScaleChanges(_Strict):

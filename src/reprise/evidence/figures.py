@@ -108,7 +108,7 @@ def contrast_figure(contrast: ContrastResult, key: str = "") -> str:
 
     `key` tells this figure from others on its page.
     """
-    figure, axes = _new_figure(7.2, 1.25)
+    figure, axes = _new_figure(5.0, 1.1)
     threshold = contrast.margin if contrast.direction == "higher" else -contrast.margin
     points = [value for value in contrast.differences.values() if value is not None]
     low, high = _limits([0.0, threshold, *points, *(contrast.ci or ())])
@@ -125,6 +125,7 @@ def contrast_figure(contrast: ContrastResult, key: str = "") -> str:
     )
     axes.set(xlim=(low, high), ylim=(0, 1.5), yticks=[])
     axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=6)
     words = (
         f"{contrast.name}: mean difference {signed(contrast.mean)}, 95 % interval {interval(contrast.ci, sign=True)}"
     )

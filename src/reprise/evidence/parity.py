@@ -19,6 +19,7 @@ from reprise.evidence.files import write_json
 from reprise.golden import Adapter, GoldenCase, StoredCase, find_cases, load_case
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -216,7 +217,7 @@ def closing_line(results: Sequence[CaseResult]) -> str:
     return f"{passed} passed, {len(results) - passed} failed"
 
 
-def parity_table(results: Sequence[CaseResult]) -> Table:
+def render(results: Sequence[CaseResult]) -> Table:
     """Case, max error, tolerance, and pass or fail; of a case the output nearest to its tolerance is shown."""
     from rich.table import Table
     from rich.text import Text
@@ -233,6 +234,12 @@ def parity_table(results: Sequence[CaseResult]) -> Table:
         detail = Text(_detail(result), style="dim")
         table.add_row(Text(f"{result.paper}: {result.case}"), error, tolerance, outcome, detail)
     return table
+
+
+def print_results(results: Sequence[CaseResult], console: Console) -> None:
+    """The table and the closing line."""
+    console.print(render(results))
+    console.print(closing_line(results), highlight=False)
 
 
 def _numbers(worst: OutputResult | None) -> tuple[str, str]:
@@ -252,18 +259,19 @@ def _detail(result: CaseResult) -> str:
     return f"{len(failed)} of {len(result.outputs)} outputs: {shown}{', …' if len(failed) > 3 else ''}"
 
 
-def parity_json(results: Sequence[CaseResult]) -> dict[str, Any]:
-    """All results as plain data; a number that is not finite is null."""
+def to_json(results: Sequence[CaseResult]) -> str:
+    """All results as JSON; a number that is not finite is null."""
     passed = sum(result.passed for result in results)
     cases = [asdict(result) for result in results]
     for case in cases:
         for output in case["outputs"]:
             if output["excess"] == float("inf"):
                 output["excess"] = None
-    return {"passed": passed, "failed": len(results) - passed, "total": len(results), "cases": cases}
+    content = {"passed": passed, "failed": len(results) - passed, "total": len(results), "cases": cases}
+    return json.dumps(content, indent=1, allow_nan=False)
 
 
-def write_parity(results: Sequence[CaseResult]) -> list[Path]:
+def write_records(results: Sequence[CaseResult]) -> list[Path]:
     """Write `experiments/<slug>/PARITY.json` for every known paper among the results: counts and outcomes."""
     written = []
     for slug in sorted({result.paper for result in results} & set(discovery.papers())):

@@ -14,7 +14,7 @@ from reprise.evidence.files import write_text
 from reprise.evidence.formatting import duration, interval, markdown_table, number, signed
 from reprise.evidence.results_file import embed, read_results, seal
 from reprise.evidence.runs import scale_labels
-from reprise.evidence.verdict import ContrastResult, Verdict, build_verdict
+from reprise.evidence.verdict import ContrastResult, Verdict, make_verdict
 
 
 def write_results(runs_dir: Path, slug: str) -> Path:
@@ -31,7 +31,7 @@ def write_results(runs_dir: Path, slug: str) -> Path:
     for scale in scale_labels(runs_dir, slug):
         if scale not in discovery.SCALES:
             continue
-        verdict = build_verdict(runs_dir, slug, scale)
+        verdict = make_verdict(runs_dir, slug, scale)
         if verdict.finished_runs and verdict.finished_runs >= (kept[scale].finished_runs if scale in kept else 0):
             kept[scale] = verdict
     if not kept:

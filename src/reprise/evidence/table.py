@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,9 +101,9 @@ def _cell(content: Mapping[str, Any]) -> VerdictCell:
     )
 
 
-def as_json(rows: Sequence[PaperRow]) -> list[dict[str, Any]]:
-    """The rows as plain data."""
-    return [asdict(row) for row in rows]
+def to_json(rows: Sequence[PaperRow]) -> str:
+    """The rows as JSON."""
+    return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
 
 
 _HEAD = ("paper", "family", "scales", "golden cases", "sizes", *VERDICT_SCALES)
@@ -129,13 +130,13 @@ def _verdict_text(cell: VerdictCell | None) -> str:
     return f"{cell.verdict}: {effect}, n={len(cell.seeds)}, {cell.date}"
 
 
-def as_markdown(rows: Sequence[PaperRow]) -> str:
+def to_markdown(rows: Sequence[PaperRow]) -> str:
     """The README's table; titles link to the papers' folders."""
     cells = [[f"[{row.title}](experiments/{row.slug}/)", *_cells(row)] for row in rows]
     return "\n".join(markdown_table(_HEAD, cells))
 
 
-def as_rich(rows: Sequence[PaperRow]) -> Table:
+def render(rows: Sequence[PaperRow]) -> Table:
     """The table for the terminal."""
     from rich.table import Table
     from rich.text import Text

@@ -110,7 +110,7 @@ class Verdict(_Record):
         return [self.primary, *self.secondary]
 
 
-def build_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
+def make_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
     """The verdict over the run folders of one scale label; changes nothing on disk.
 
     Raises:
@@ -119,11 +119,9 @@ def build_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
     return judge(slug, scale, load_claim(slug).at(scale), find_runs(runs_dir, slug, scale))
 
 
-def write_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
-    """Build the verdict and write `runs/<paper>/<scale>/verdict.json`."""
-    verdict = build_verdict(runs_dir, slug, scale)
-    write_json(runs_dir / slug / scale / "verdict.json", verdict.model_dump(mode="json"))
-    return verdict
+def write_verdict(verdict: Verdict, runs_dir: Path) -> Path:
+    """Write `runs/<paper>/<scale>/verdict.json` and return its path."""
+    return write_json(runs_dir / verdict.paper / verdict.scale / "verdict.json", verdict.model_dump(mode="json"))
 
 
 def judge(slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord]) -> Verdict:

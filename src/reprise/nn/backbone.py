@@ -68,9 +68,7 @@ class ResNetBody(nn.Module):
             downsample = nn.Sequential(projection, self._norm(outplanes))
         blocks = [self._block(self._inplanes, planes, stride, downsample, norm_layer=self._norm)]
         self._inplanes = outplanes
-        blocks += [
-            self._block(outplanes, planes, dilation=dilation, norm_layer=self._norm) for _ in range(1, count)
-        ]
+        blocks += [self._block(outplanes, planes, dilation=dilation, norm_layer=self._norm) for _ in range(1, count)]
         return nn.Sequential(*blocks)
 
     def forward(self, image: Tensor) -> list[Tensor]:

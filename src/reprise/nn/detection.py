@@ -19,9 +19,7 @@ from reprise.nn.boxes import cxcywh_to_xyxy, pairwise_iou, scale_to_pixels
 Detection = dict[str, Tensor]
 
 
-def set_detections(
-    logits: Tensor, boxes: Tensor, sizes: Tensor, *, override_empty: bool = True
-) -> list[Detection]:
+def set_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, *, override_empty: bool = True) -> list[Detection]:
     """Every query becomes a detection: its best real class, scored by the softmax over all classes; nothing is sorted.
 
     Args:
@@ -60,9 +58,7 @@ def suppress(detection: Detection, iou: float = 0.5) -> Detection:
     return {name: value[keep] for name, value in detection.items()}
 
 
-def count_duplicates(
-    detection: Detection, truth: Detection, *, iou: float = 0.5, score_threshold: float = 0.5
-) -> int:
+def count_duplicates(detection: Detection, truth: Detection, *, iou: float = 0.5, score_threshold: float = 0.5) -> int:
     """Surplus detections: those of an object's class with IoU > `iou` and a score above the threshold, beyond the first.
 
     Returns:
@@ -110,7 +106,12 @@ class DetectionScores(nn.Module):
         """`ap` (mean over IoU .50:.95), `ap50`, `ap75`, `ap_small/medium/large`, `ap50_nms`, `nms_gain` = the
         difference, `duplicates` per object; a size without objects is left out."""
         plain, suppressed = self.plain.compute(), self.suppressed.compute()
-        scores = {"ap": plain["map"], "ap50": plain["map_50"], "ap75": plain["map_75"], "ap50_nms": suppressed["map_50"]}
+        scores = {
+            "ap": plain["map"],
+            "ap50": plain["map_50"],
+            "ap75": plain["map_75"],
+            "ap50_nms": suppressed["map_50"],
+        }
         sizes = {f"ap_{size}": plain[f"map_{size}"] for size in ("small", "medium", "large")}
         scores |= {name: value for name, value in sizes.items() if value >= 0}
         scores["nms_gain"] = scores["ap50_nms"] - scores["ap50"]

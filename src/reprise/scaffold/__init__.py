@@ -33,11 +33,15 @@ def make_paper(slug: str) -> list[Path]:
         ConfigError: the slug is not a Python package name, or a file is there already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", slug):
-        raise ConfigError(f"{slug!r} cannot be a folder of Python code", next_step="use lower case letters, digits and _")
+        raise ConfigError(
+            f"{slug!r} cannot be a folder of Python code", next_step="use lower case letters, digits and _"
+        )
     made = {name: paths.root() / target.format(slug=slug) for name, target in TARGETS.items()}
     there = [str(path) for path in made.values() if path.exists()]
     if there or slug in discovery.papers():
-        raise ConfigError(f"there is a paper {slug!r} already", looked_at=", ".join(there), next_step="choose another slug")
+        raise ConfigError(
+            f"there is a paper {slug!r} already", looked_at=", ".join(there), next_step="choose another slug"
+        )
     words = {"slug": slug, "name": "".join(part.capitalize() for part in slug.split("_"))}
     folder = resources.files("reprise.scaffold") / "files"
     for name, path in made.items():

@@ -35,9 +35,8 @@ class Classifier(PaperModule):
         super().__init__(optimizer, schedule)
         self.model = model
         self.criterion = criterion or nn.functional.cross_entropy
-        self.accuracy = nn.ModuleDict(
-            {split: MulticlassAccuracy(num_classes, average="micro") for split in ("val_split", "test_split")}
-        )
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(image)
@@ -56,7 +55,7 @@ class Classifier(PaperModule):
     def _evaluate(self, batch: Batch, split: str) -> None:
         logits = self(batch["image"])
         loss = nn.functional.cross_entropy(logits, batch["label"])
-        accuracy = self.accuracy[f"{split}_split"]
+        accuracy = self.val_accuracy if split == "val" else self.test_accuracy
         accuracy(logits, batch["label"])
         size = len(batch["label"])
         self.log(f"{split}/loss", loss, batch_size=size, sync_dist=True, on_epoch=True)

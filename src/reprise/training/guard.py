@@ -58,7 +58,7 @@ class DivergenceGuard(Callback):
 def _batch_of(trainer: Trainer, step: int) -> str:
     """The items of the batch, found again because batches are functions of (seed, step)."""
     loader = trainer.train_dataloader
-    if not hasattr(loader, "batch"):
+    if loader is None or not hasattr(loader, "batch"):
         return ""
     index = loader.batch(step).get("index")
     return "" if index is None else f", with the training items {index.flatten().tolist()[:64]}"

@@ -65,7 +65,9 @@ def check_targets(config: Any, path: str) -> None:
 def _explain(error: Exception, config: Any) -> str:
     cause = error.__cause__ or error
     where = next((line for line in str(error).splitlines() if line.startswith("full_key")), "")
-    return f"cannot build {config.get('_target_')}: {type(cause).__name__}: {cause}" + (f" ({where})" if where else "")
+    return f"cannot build {config.get('_target_')!s}: {type(cause).__name__}: {cause}" + (
+        f" ({where})" if where else ""
+    )
 
 
 def _options(config: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from reprise.errors import Interrupted
+from reprise.errors import InterruptedRunError
 from reprise.training.checkpoint import ExactCheckpoint, current_step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -57,9 +57,9 @@ class StopBetweenSteps(Callback):
         step = current_step(trainer)
         name = self.request.signal.name if self.request.signal else "a signal on another rank"
         if self.checkpoint is None:
-            raise Interrupted(f"stopped by {name} at step {step}; this run keeps no checkpoints")
+            raise InterruptedRunError(f"stopped by {name} at step {step}; this run keeps no checkpoints")
         path = self.checkpoint.save(trainer, step)
-        raise Interrupted(
+        raise InterruptedRunError(
             f"stopped by {name} at step {step}; everything is saved",
             looked_at=path,
             next_step="run the same command again to go on from there",

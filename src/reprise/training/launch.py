@@ -16,7 +16,7 @@ from types import FrameType
 from omegaconf import DictConfig, OmegaConf
 
 from reprise import config as configuration
-from reprise.errors import Interrupted, RepriseError
+from reprise.errors import InterruptedRunError, RepriseError
 from reprise.training.interrupt import SIGNALS
 from reprise.training.run import train
 from reprise.training.runfolder import RunFolder, write_atomic
@@ -60,7 +60,7 @@ def _launch_ranks(cfg: DictConfig, ranks: int) -> dict[str, float]:
     summary, run = folder.read("summary.json"), folder.read("run.json") or {}
     if code == 0 and summary:
         return summary["metrics"]
-    kind = Interrupted if run.get("status") == "interrupted" else RepriseError
+    kind = InterruptedRunError if run.get("status") == "interrupted" else RepriseError
     raise kind(
         run.get("error") or f"the processes of the run ended with code {code}",
         looked_at=folder.path,

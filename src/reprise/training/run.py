@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from reprise import config as configuration
 from reprise.data.module import DataModule
-from reprise.errors import ConfigError, Interrupted, RepriseError
+from reprise.errors import ConfigError, InterruptedRunError, RepriseError
 from reprise.seeding import seed_all
 from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, newest_checkpoint
 from reprise.training.instantiate import instantiate
 from reprise.training.interrupt import StopBetweenSteps, StopRequest
+from reprise.training.mirrors import finished_mirrors, make_mirrors
 from reprise.training.module import PaperModule
 from reprise.training.recording import LearningRate, ProgressReport, Reseed, RunLogger, save_pictures
 from reprise.training.runfolder import MetricsFile, RunFolder, write_atomic, write_json
@@ -88,11 +89,12 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
     request = StopRequest()
     progress = ProgressReport(folder, cfg.steps, f"{cfg.slug} {cfg.scale} {cfg.arm} seed {cfg.seed}", show)
     trainer = make_trainer(cfg, folder, identity, curves, request, progress)
-    with request.listening(), contextlib.closing(progress):
+    with request.listening(), contextlib.closing(progress), finished_mirrors(trainer.loggers):
         if start < cfg.steps:
             parts.data.start_step = start
-            module = torch.compile(parts.module) if cfg.compile else parts.module
-            trainer.fit(module, datamodule=parts.data, ckpt_path=found[0] if found else None, weights_only=True)
+            if cfg.compile:
+                parts.module.compile()
+            trainer.fit(parts.module, datamodule=parts.data, ckpt_path=found[0] if found else None, weights_only=True)
             checkpoint_of(trainer).save(trainer, cfg.steps)
         elif found:
             content = torch.load(found[0], map_location="cpu", weights_only=True)
@@ -101,10 +103,14 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
         return _test(trainer, parts, folder, curves, cfg)
 
 
-def _test(trainer: pl.Trainer, parts: Parts, folder: RunFolder, curves: MetricsFile, cfg: DictConfig) -> dict[str, float]:
+def _test(
+    trainer: pl.Trainer, parts: Parts, folder: RunFolder, curves: MetricsFile, cfg: DictConfig
+) -> dict[str, float]:
     """Touch the test data once; the metrics and the pictures of the final state."""
     trainer.test(parts.module, datamodule=parts.data, verbose=False)
-    metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("test/")}
+    metrics = {
+        name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("test/")
+    }
     if not metrics:
         raise ConfigError(f"{cfg.paper._target_} logged no test/<metric>", looked_at="its test_step")
     if trainer.is_global_zero:
@@ -128,16 +134,20 @@ def make_trainer(
     configured = {name: instantiate(node, path=f"callbacks.{name}") for name, node in cfg.callbacks.items()}
     checkpoint = next((item for item in configured.values() if isinstance(item, ExactCheckpoint)), None)
     if checkpoint is None:
-        raise ConfigError("the run has no ExactCheckpoint callback", looked_at="callbacks", next_step="callbacks=default")
+        raise ConfigError(
+            "the run has no ExactCheckpoint callback", looked_at="callbacks", next_step="callbacks=default"
+        )
     checkpoint.folder, checkpoint.identity = folder.path / "checkpoints", dict(identity)
-    options = {key: instantiate(value, path=f"trainer.{key}") if key == "strategy" and isinstance(value, DictConfig) else value
-               for key, value in cfg.trainer.items()}
+    options = {
+        key: instantiate(value, path=f"trainer.{key}") if key == "strategy" and isinstance(value, DictConfig) else value
+        for key, value in cfg.trainer.items()
+    }
     return pl.Trainer(
         **options,
         max_epochs=1,
         val_check_interval=min(cfg.val_every or cfg.steps, cfg.steps),
         log_every_n_steps=max(1, cfg.steps // 200),
-        logger=[RunLogger(curves), *_mirrors(cfg, folder)],
+        logger=[RunLogger(curves), *make_mirrors(cfg, folder.path)],
         callbacks=[
             StopBetweenSteps(request, checkpoint),
             *(item for item in configured.values() if item is not checkpoint),
@@ -155,17 +165,6 @@ def make_trainer(
         enable_model_summary=False,
         default_root_dir=folder.path,
     )
-
-
-def _mirrors(cfg: DictConfig, folder: RunFolder) -> list[Any]:
-    """Further loggers; each mirrors the run folder."""
-    made = []
-    for name, node in cfg.logger.items():
-        extra: dict[str, Any] = {"save_dir": str(folder.path)}
-        if name == "wandb":
-            extra["run_config"] = OmegaConf.to_container(cfg, resolve=True)
-        made.append(instantiate(node, path=f"logger.{name}", **extra))
-    return made
 
 
 def checkpoint_of(trainer: pl.Trainer) -> ExactCheckpoint:
@@ -189,7 +188,7 @@ def _facts(cfg: DictConfig, config_hash: str) -> dict[str, Any]:
 
 
 def _record_failure(folder: RunFolder, error: BaseException, seconds: float) -> None:
-    interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+    interrupted = isinstance(error, InterruptedRunError | KeyboardInterrupt)
     text = str(error) if isinstance(error, RepriseError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # a full disk must not hide the first error
         folder.end("interrupted" if interrupted else "failed", seconds=seconds, error=text)

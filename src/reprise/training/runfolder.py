@@ -19,7 +19,17 @@ from typing import Any
 from reprise import paths
 from reprise.errors import RepriseError
 
-VERSIONED = ("reprise", "torch", "torchvision", "pytorch-lightning", "hydra-core", "omegaconf", "timm", "numpy", "scipy")
+VERSIONED = (
+    "reprise",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "hydra-core",
+    "omegaconf",
+    "timm",
+    "numpy",
+    "scipy",
+)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -77,9 +87,7 @@ class RunFolder:
     def is_finished(self, config_hash: str) -> bool:
         """Whether this folder holds the finished run of this configuration."""
         run, summary = self.read("run.json"), self.read("summary.json")
-        return bool(
-            run and summary and run.get("status") == "finished" and run.get("config_hash") == config_hash
-        )
+        return bool(run and summary and run.get("status") == "finished" and run.get("config_hash") == config_hash)
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Write run.json for a run that begins or continues (the first start time and the seconds so far are kept)."""

@@ -35,9 +35,7 @@ def linear(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, fin
     )
 
 
-def step(
-    optimizer: Optimizer, *, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0
-) -> LambdaLR:
+def step(optimizer: Optimizer, *, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0) -> LambdaLR:
     """The base rate times `gamma` for every milestone (in steps) that has been reached, times the warm-up factor."""
 
     def factor(step: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from reprise import config as configuration
 from reprise import discovery
 from reprise.errors import CheckpointError, ConfigError
 from reprise.training.instantiate import instantiate
+
+if TYPE_CHECKING:
+    import numpy as np
 
 READABLE = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".safetensors")
 
@@ -48,9 +51,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         import numpy as np
 
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
+            return {name: tensor_of(np.asarray(arrays[name])) for name in arrays.files}
     if path.suffix not in READABLE:
-        raise CheckpointError(f"unknown kind of weights file {path.suffix!r}", looked_at=path, next_step=f"use {READABLE}")
+        raise CheckpointError(
+            f"unknown kind of weights file {path.suffix!r}", looked_at=path, next_step=f"use {READABLE}"
+        )
     content: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict", "params"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -58,6 +63,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError("the file holds no state dict of tensors", looked_at=path)
     return content
+
+
+def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor; what NumPy shows as 2 raw bytes is bfloat16 (JAX's files) and becomes float32."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16).float()
+    return torch.from_numpy(array)
 
 
 def import_weights_file(overrides: Sequence[str], source: Path, target: Path) -> int:

@@ -217,7 +217,11 @@ class SetCriterion(nn.Module):
         ce_sum, weight_sum = classification_sums(logits, target, self.class_weight)
         l1_sum, giou_sum = box_sums(boxes, padded, matches)
         ce_divisor, pair_divisor = self._divisors(weight_sum, matches, padded)
-        losses = {"loss_ce": ce_sum / ce_divisor, "loss_bbox": l1_sum / pair_divisor, "loss_giou": giou_sum / pair_divisor}
+        losses = {
+            "loss_ce": ce_sum / ce_divisor,
+            "loss_bbox": l1_sum / pair_divisor,
+            "loss_giou": giou_sum / pair_divisor,
+        }
         total = torch.stack([self.coefs[name] * value.sum() for name, value in losses.items()]).sum()
         with torch.no_grad():
             losses["cardinality_error"] = cardinality_error(logits, padded.counts)

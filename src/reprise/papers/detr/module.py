@@ -151,5 +151,5 @@ def padding_of(batch: Batch) -> Tensor | None:
 
 
 def _sizes(batch: Batch) -> Tensor:
-    """(height, width) of each image, int64 [B, 2]."""
-    return torch.stack([torch.as_tensor(target["size"]) for target in batch["targets"]])
+    """(height, width) that each image is evaluated at: its own before any resizing where known; int64 [B, 2]."""
+    return torch.stack([target.get("orig_size", target["size"]) for target in batch["targets"]])

@@ -74,9 +74,7 @@ def matcher(case: GoldenCase) -> Tensors:
 
 def position_encoding(case: GoldenCase) -> Tensors:
     mask = case.inputs["mask"].bool()
-    sines = {
-        f"sine{index}": _sine(mask, **options) for index, options in enumerate(case.config["sine"])
-    }
+    sines = {f"sine{index}": _sine(mask, **options) for index, options in enumerate(case.config["sine"])}
     learned = LearnedPosition2d(
         case.config["learned_feats"], max_size=max(len(value) for value in case.weights.values())
     )

@@ -76,9 +76,7 @@ def detections_figure(
     return figure
 
 
-def attention_figure(
-    detector: DETR, image: Tensor, mask: Tensor, sizes: Tensor, classes: Sequence[str]
-) -> Figure:
+def attention_figure(detector: DETR, image: Tensor, mask: Tensor, sizes: Tensor, classes: Sequence[str]) -> Figure:
     """Two images, each with the attention of its surest queries over the image."""
     image, mask, sizes = image[:2], mask[:2], sizes[:2]
     output, maps = detector.cross_attention(image, mask)

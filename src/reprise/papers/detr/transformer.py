@@ -80,9 +80,7 @@ class DecoderLayer(_Layer):
         self, x: Tensor, memory: Tensor, key: Tensor, padding: Tensor | None, query_position: Tensor | None
     ) -> Tensor:
         query = _with(x, query_position)
-        return self.dropout(
-            self.multihead_attn(query, key, memory, key_padding_mask=padding, need_weights=False)[0]
-        )
+        return self.dropout(self.multihead_attn(query, key, memory, key_padding_mask=padding, need_weights=False)[0])
 
     def forward(
         self, x: Tensor, memory: Tensor, key: Tensor, padding: Tensor | None, query_position: Tensor | None
@@ -190,7 +188,7 @@ class Transformer(nn.Module):
             cells = cells + position
         memory = self.encoder(cells, flat_padding, position if self.positions == "attention" else None)
         key = memory + position if self.positions in ("attention", "decoder") else memory
-        queries = queries.expand(len(features), -1, -1)
+        queries = queries.repeat(len(features), 1, 1)
         at_attention = self.query_positions == "attention"
         start = torch.zeros_like(queries) if at_attention else queries
         hidden = self.decoder(start, memory, key, flat_padding, queries if at_attention else None)

@@ -134,9 +134,7 @@ class FedNova(FedAvg):
     def aggregate(self, state: State, round: Round) -> Tensor:
         steps = round.sgd.effective_steps(round.steps.to(round.received)).clamp(min=1)
         share = round.share
-        moved = round.total(
-            lambda result: share[result.slot] / steps[result.slot] * (round.received - result.weights)
-        )
+        moved = round.total(lambda result: share[result.slot] / steps[result.slot] * (round.received - result.weights))
         return round.received - (share * steps).sum() * moved
 
 

@@ -38,8 +38,9 @@ class FedAvgNet(nn.Module):
         """Logits [B, num_classes] (and features [B, hidden]) of images [B, C, H, W], or [B, H, W] with one channel."""
         if image.ndim == 3:
             image = image[:, None]
-        hidden = nn.functional.max_pool2d(self.conv2d_1(image).relu(), 2)
-        hidden = nn.functional.max_pool2d(self.conv2d_2(hidden).relu(), 2)
+        # pooling before the ReLU gives the same values and gradients as after it, at a quarter of the ReLU's work
+        hidden = nn.functional.max_pool2d(self.conv2d_1(image), 2).relu()
+        hidden = nn.functional.max_pool2d(self.conv2d_2(hidden), 2).relu()
         features = self.linear_1(hidden.flatten(1)).relu()
         logits = self.classifier(features)
         return (logits, features) if return_features else logits

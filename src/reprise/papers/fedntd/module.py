@@ -12,7 +12,15 @@ from reprise.data.loader import Batch, EvalLoader
 from reprise.errors import ConfigError
 from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
 from reprise.papers.fedntd.measures import class_hits, forgetting, in_and_out_local
-from reprise.training.federated import ClientTraining, FlatModel, LocalResult, LocalSGD, Round, all_reduce_sum
+from reprise.training.federated import (
+    ClientTraining,
+    FlatModel,
+    LocalResult,
+    LocalSGD,
+    Round,
+    all_reduce_sum,
+    channels_last,
+)
 from reprise.training.module import OptimizerFactory, PaperModule, Picture, ScheduleFactory
 
 LAST = 5  # test/accuracy_last5 is the mean over the global models of this many last rounds
@@ -108,7 +116,14 @@ class FederatedClassifier(PaperModule):
         received = self.flat.vector()
         results = self._train_clients(batch, received, sgd)
         finished = Round(
-            received, batch["clients"], batch["sizes"], batch["steps"], sgd, results, self.num_clients, self.flat.buffers()
+            received,
+            batch["clients"],
+            batch["sizes"],
+            batch["steps"],
+            sgd,
+            results,
+            self.num_clients,
+            self.flat.buffers(),
         )
         self._measure_locals(batch, results)
         self._accept(self.algorithm.aggregate(self.state, finished), finished.mean_buffers())
@@ -146,7 +161,7 @@ class FederatedClassifier(PaperModule):
             hits, items = torch.zeros_like(self.items), torch.zeros_like(self.items)
             for part in EvalLoader(data.source("val"), data.eval_batch_size):
                 image, label = part["image"].to(self.device), part["label"].to(self.device)
-                right, seen = class_hits(self.flat(result.weights, image, result.buffers), label)
+                right, seen = class_hits(self.flat(result.weights, channels_last(image), result.buffers), label)
                 hits, items = hits + right, items + seen
             counts = client["label"].bincount(minlength=len(items)).float()
             inside, outside = in_and_out_local(hits / items, counts / counts.sum())
@@ -164,7 +179,7 @@ class FederatedClassifier(PaperModule):
         self.items.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        hits, items = class_hits(self(batch["image"]), batch["label"])
+        hits, items = class_hits(self(channels_last(batch["image"])), batch["label"])
         self.hits[0] += hits
         self.items += items
 
@@ -186,7 +201,7 @@ class FederatedClassifier(PaperModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         for row, weights in enumerate(self.last_models()):
-            hits, items = class_hits(self.flat(weights, batch["image"]), batch["label"])
+            hits, items = class_hits(self.flat.predict(weights, batch["image"]), batch["label"])
             self.hits[row] += hits
         self.items += items
 

@@ -23,7 +23,15 @@ from reprise.data.partition import (
 )
 from reprise.golden import GoldenCase
 from reprise.papers.fedntd.algorithms import (
-    FedAvg, FedAvgM, FedDyn, FedKD, FedNova, FedNTD, FedProx, Moon, Scaffold,
+    FedAvg,
+    FedAvgM,
+    FedDyn,
+    FedKD,
+    FedNova,
+    FedNTD,
+    FedProx,
+    Moon,
+    Scaffold,
 )
 from reprise.papers.fedntd.criterion import not_true_distillation, not_true_logits, ntd_loss
 from reprise.papers.fedntd.measures import class_hits, in_and_out_local
@@ -79,7 +87,11 @@ def aggregation(case: GoldenCase) -> Outputs:
     ]
     mean = weighted_mean(states, case.config["sizes"])
     loaded = {name: value.to(states[0][name].dtype) for name, value in mean.items()}
-    return {f"{kind}/{name}": value for kind, state in (("aggregated", mean), ("loaded", loaded)) for name, value in state.items()}
+    return {
+        f"{kind}/{name}": value
+        for kind, state in (("aggregated", mean), ("loaded", loaded))
+        for name, value in state.items()
+    }
 
 
 def client_sampling(case: GoldenCase) -> Outputs:
@@ -148,7 +160,12 @@ def rounds(case: GoldenCase) -> Outputs:
         metrics.append(_metrics(case, flat, finished, accuracy[-1]))
         outputs.update({f"round{index}/{name}": value for name, value in _tensors(flat, finished, config).items()})
     named = [torch.tensor([row[name] for name in config["metric_names"]]) for row in metrics]
-    return {**outputs, "clients": torch.stack(sampled), "test_accuracy": torch.tensor(accuracy), "metrics": torch.stack(named)}
+    return {
+        **outputs,
+        "clients": torch.stack(sampled),
+        "test_accuracy": torch.tensor(accuracy),
+        "metrics": torch.stack(named),
+    }
 
 
 def _algorithm(config: Mapping[str, Any]) -> FedAvg:

@@ -27,7 +27,9 @@ def class_history(history: Tensor, classes: Sequence[str]) -> Picture:
     measured = history.isfinite().any(1).nonzero()[:, 0]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(history[measured].T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(
+        history[measured].T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
+    )
     _name_classes(axes, classes)
     ticks = range(0, len(measured), max(1, len(measured) // 8))
     axes.set_xticks(list(ticks), [str(int(measured[tick]) + 1) for tick in ticks])

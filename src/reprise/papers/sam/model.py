@@ -206,14 +206,17 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n + 2.
         width: channels of the first stage (16 in He et al.); the next ones have twice and four times as many.
+        stem_stride: 1 in He et al.; 2 saves three quarters of the work in small experiments.
     """
 
-    def __init__(self, depth: int = 32, width: int = 16, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int = 32, width: int = 16, num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1
+    ) -> None:
         super().__init__()
         if (depth - 2) % 6:
             raise ValueError(f"a CIFAR ResNet has depth 6n + 2, not {depth}")
         widths = [width, width, 2 * width, 4 * width]
-        self.stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.stem = nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         blocks = []
         for number, (fan_in, fan_out) in enumerate(pairwise(widths)):

@@ -80,9 +80,7 @@ class SharpnessAwareClassifier(Classifier):
         return super().training_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        metric = self.accuracy["val_split"]
-        assert isinstance(metric, MulticlassAccuracy)
-        accuracy = float(metric.compute())
+        accuracy = float(self.val_accuracy.compute())
         if accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,18 @@ from reprise.papers.vit.cnn import ConvNet
 from reprise.papers.vit.criterion import LOSSES
 from reprise.papers.vit.fewshot import few_shot_accuracy
 from reprise.papers.vit.model import VisionTransformer
-from reprise.papers.vit.weights import adapt_for_fine_tuning, import_weights, read_weights
+from reprise.papers.vit.networks import Network
+from reprise.papers.vit.weights import adapt_for_fine_tuning, import_weights
 from reprise.training.classification import Classifier
 from reprise.training.module import OptimizerFactory, Picture, ScheduleFactory
-
-Network = VisionTransformer | ConvNet
+from reprise.training.weights import read_weights
 
 
 class ViTModule(Classifier):
     """Supervised training of one of two networks, from scratch or from official weights.
 
     Args:
-        vit, cnn: factories of the networks; only the chosen one is built.
-        network: "vit" or "cnn".
+        model: the ViT or the CNN.
         loss: "softmax" or "sigmoid" (see `criterion`).
         decay_all: let weight decay reach biases, norms, positions and the class token too, not only kernels.
         pretrained: official weights (.npz or .safetensors) to fine-tune from, a path or a name below the data root's
@@ -36,28 +35,24 @@ class ViTModule(Classifier):
         few_shot: shots per class of the closed-form evaluations that follow the test (`test/few_shot_<k>`).
 
     Raises:
-        ValueError: an unknown network or loss.
+        ValueError: an unknown loss.
     """
 
     def __init__(
         self,
-        vit: Callable[[], VisionTransformer],
-        cnn: Callable[[], ConvNet],
+        model: Network,
         optimizer: OptimizerFactory,
         schedule: ScheduleFactory | None = None,
         *,
         num_classes: int,
-        network: str = "vit",
         loss: str = "softmax",
         decay_all: bool = False,
         pretrained: str | None = None,
         few_shot: list[int] | None = None,
     ) -> None:
-        factories: dict[str, Callable[[], Network]] = {"vit": vit, "cnn": cnn}
-        for value, options in ((network, factories), (loss, LOSSES)):
-            if value not in options:
-                raise ValueError(f"unknown {value!r}; one of {', '.join(options)}")
-        super().__init__(factories[network](), optimizer, schedule, num_classes=num_classes, criterion=LOSSES[loss])
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; one of {', '.join(LOSSES)}")
+        super().__init__(model, optimizer, schedule, num_classes=num_classes, criterion=LOSSES[loss])
         self.num_classes = num_classes
         self.decay_all = decay_all
         self.pretrained = pretrained

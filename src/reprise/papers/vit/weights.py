@@ -9,11 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,38 +37,6 @@ class Rule:
     save: Callable[[Tensor], Sequence[Tensor]]
 
 
-def read_npz(path: Path) -> State:
-    """The arrays of an official .npz file; nothing in it is executed. bfloat16 arrays become float32.
-
-    Raises:
-        CheckpointError: missing or damaged, or it holds Python objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: _tensor(file[name]) for name in file.files}
-    except FileNotFoundError as error:
-        raise CheckpointError("the weights file does not exist", looked_at=path) from error
-    except (OSError, ValueError, EOFError, BadZipFile, TypeError, AttributeError) as error:
-        raise CheckpointError(f"not a readable .npz of arrays: {error}", looked_at=path) from error
-
-
-def read_weights(path: Path) -> State:
-    """Official keys from an .npz or .safetensors file.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another format.
-    """
-    if path.suffix != ".safetensors":
-        return read_npz(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"not a readable .safetensors file: {error}", looked_at=path) from error
-
-
 def import_weights(state: Mapping[str, Tensor], model: nn.Module) -> State:
     """Our state dict of `model` from official keys.
 
@@ -98,7 +62,9 @@ def import_weights(state: Mapping[str, Tensor], model: nn.Module) -> State:
         )
     lacking = sorted(vit.state_dict().keys() - result.keys())
     if lacking:
-        raise CheckpointError(f"official files hold nothing for {', '.join(lacking)}", looked_at="paper.vit.positions")
+        raise CheckpointError(
+            f"official files hold nothing for {', '.join(lacking)}", looked_at="paper.model.vit.positions"
+        )
     return result
 
 
@@ -275,15 +241,9 @@ def _with_class_position(table: Tensor, official: State, model: VisionTransforme
     return torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
-def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # numpy's view of bfloat16
-        return torch.from_numpy(array.view(np.uint16).astype(np.int32) << 16).view(torch.float32)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
 def _vision_transformer(model: nn.Module) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(
-            f"official ViT weights cannot go into a {type(model).__name__}", next_step="use paper.network=vit"
+            f"official ViT weights cannot go into a {type(model).__name__}", next_step="use paper.model.network=vit"
         )
     return model

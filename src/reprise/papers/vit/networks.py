@@ -1,0 +1,23 @@
+"""Which of the two compared networks a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from reprise.papers.vit.cnn import ConvNet
+from reprise.papers.vit.model import VisionTransformer
+
+Network = VisionTransformer | ConvNet
+
+
+def build(network: str, vit: Callable[[], VisionTransformer], cnn: Callable[[], ConvNet]) -> Network:
+    """The chosen network, "vit" or "cnn"; the other factory is not called.
+
+    Raises:
+        ValueError: another name.
+    """
+    if network == "vit":
+        return vit()
+    if network == "cnn":
+        return cnn()
+    raise ValueError(f"unknown network {network!r}; one of vit, cnn")
