@@ -59,7 +59,7 @@ def suppress(detection: Detection, iou: float = 0.5) -> Detection:
 
 
 def count_duplicates(detection: Detection, truth: Detection, *, iou: float = 0.5, score_threshold: float = 0.5) -> int:
-    """Surplus detections: those of an object's class with IoU > `iou` and a score above the threshold, beyond the first.
+    """Surplus detections: of an object's class, with IoU > `iou` and a score above the threshold, beyond the first.
 
     Returns:
         the sum over the objects of the image.

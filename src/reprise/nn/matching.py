@@ -156,4 +156,5 @@ def match(cost: Tensor, counts: Sequence[int], *, claims: int = 0) -> Matches:
         layers.extend(pairs)
         per_layer.append(sum(pair.shape[1] for pair in pairs))
     flat = torch.from_numpy(np.concatenate(layers, axis=1).astype(np.int64)).to(cost.device)
-    return Matches(*flat.unbind(0), per_layer=tuple(per_layer))
+    layer_index, image_index, query_index, object_index = flat.unbind(0)
+    return Matches(layer_index, image_index, query_index, object_index, tuple(per_layer))

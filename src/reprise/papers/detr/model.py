@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairs)
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -92,6 +92,7 @@ class DETR(nn.Module):
         self.bbox_embed = MLP((dim, dim, dim, 4))
         self.query_embed = nn.Embedding(num_queries, dim)
         self.input_proj = nn.Conv2d(backbone.channels[-1], dim, 1)
+        self.channels = backbone.channels
         self.backbone = nn.ModuleList([backbone, encoding])
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> DetrOutput:
@@ -122,7 +123,7 @@ class DETR(nn.Module):
         """
         was_training = self.training
         self.eval()
-        with recorded_attention([layer.multihead_attn for layer in self.transformer.decoder.layers]) as maps:
+        with recorded_attention(self.transformer.decoder.attention_modules()) as maps:
             output = self(image, mask)
         self.train(was_training)
         height, width = output.memory.shape[-2:]
@@ -134,7 +135,7 @@ def recorded_attention(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Attention weights [B, queries, keys] of the modules' calls, in call order, while the context lasts."""
     maps: list[Tensor] = []
 
-    def ask(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> tuple[object, object]:
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "need_weights": True}
 
     def keep(module: nn.Module, args: object, result: tuple[Tensor, Tensor]) -> None:

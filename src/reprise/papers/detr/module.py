@@ -74,10 +74,9 @@ class DetrModule(PaperModule):
         self.score_threshold = score_threshold
         self.layer_scores: list[dict[str, float]] = []  # of the last test, one a decoder layer
         self.val_ap = AveragePrecision()
-        self.test_scores = nn.ModuleList(
-            DetectionScores(nms_iou=nms_iou, score_threshold=score_threshold)
-            for _ in range(self.detector.transformer.num_layers)
-        )
+        layers = range(self.detector.transformer.num_layers)
+        self.test_scores = [DetectionScores(nms_iou=nms_iou, score_threshold=score_threshold) for _ in layers]
+        self.test_metrics = nn.ModuleList(self.test_scores)  # registered, so that they move to the device
 
     @property
     def detector(self) -> DETR:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ def box_ops(case: GoldenCase) -> Tensors:
 
 def mask_losses(case: GoldenCase) -> Tensors:
     num_boxes = case.config["num_boxes"]
-    losses = {
+    losses: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
         "dice": dice_loss,
         "focal": focal_loss,
         "focal_alt": partial(focal_loss, alpha=case.config["alpha"], gamma=case.config["gamma"]),

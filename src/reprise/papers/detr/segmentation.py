@@ -67,7 +67,7 @@ class MaskHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
 
     def _block(self, index: int, x: Tensor) -> Tensor:
         return torch.relu(self.get_submodule(f"gn{index}")(self.get_submodule(f"lay{index}")(x)))
@@ -115,7 +115,7 @@ class DETRSegmentation(nn.Module):
             detr.requires_grad_(False)
         dim, heads = detr.transformer.dim, detr.transformer.num_heads
         self.bbox_attention = BoxAttention(dim, heads)
-        self.mask_head = MaskHead(dim + heads, detr.backbone[0].channels[-2::-1], dim)
+        self.mask_head = MaskHead(dim + heads, detr.channels[-2::-1], dim)
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> SegmentationOutput:
         """image [B, 3, H0, W0], mask bool [B, H0, W0] (True = padding) or None."""

@@ -85,7 +85,14 @@ class DecoderLayer(_Layer):
     def forward(
         self, x: Tensor, memory: Tensor, key: Tensor, padding: Tensor | None, query_position: Tensor | None
     ) -> Tensor:
-        """x [B, Q, D], memory (values) and key [B, S, D], padding bool [B, S] or None, query_position [B, Q, D] or None."""
+        """One layer.
+
+        Args:
+            x: [B, Q, D].
+            memory, key: values and keys of the cross-attention [B, S, D].
+            padding: bool [B, S] or None.
+            query_position: [B, Q, D] or None.
+        """
         if self.pre_norm:
             x = x + self.attend_queries(self.norm1(x), query_position)
             x = x + self.attend_image(self.norm2(x), memory, key, padding, query_position)
@@ -116,6 +123,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+
+    def attention_modules(self) -> list[nn.Module]:
+        """The cross-attention of every layer."""
+        return [layer.get_submodule("multihead_attn") for layer in self.layers]
 
     def forward(
         self, x: Tensor, memory: Tensor, key: Tensor, padding: Tensor | None, query_position: Tensor | None
