@@ -72,9 +72,8 @@ def main(overrides: list[str]) -> None:
             bare.append(bare_loop(build(cfg)))
             ours.append(our_run(build(cfg), cfg, Path(folder) / str(turn)))
     ratio = statistics.median(ours) / statistics.median(bare)
-    print(
-        f"{' '.join(overrides)}: bare {statistics.median(bare) * 1e3:.2f} ms, ours {statistics.median(ours) * 1e3:.2f} ms"
-    )
+    medians = [statistics.median(times) * 1e3 for times in (bare, ours)]
+    print(f"{' '.join(overrides)}: bare {medians[0]:.2f} ms, ours {medians[1]:.2f} ms a step")
     print(
         f"ratio {ratio:.3f} (spread of the pairs: {min(o / b for o, b in zip(ours, bare, strict=True)):.3f} to "
         f"{max(o / b for o, b in zip(ours, bare, strict=True)):.3f}); cores: {os.cpu_count()}"

@@ -27,7 +27,8 @@ def reproduce(*more: str) -> int:
 
 def summaries(runs: Path) -> dict[str, dict[str, float]]:
     return {
-        str(path.parent.relative_to(runs)): json.loads(path.read_text())["metrics"] for path in runs.rglob("summary.json")
+        str(path.parent.relative_to(runs)): json.loads(path.read_text())["metrics"]
+        for path in runs.rglob("summary.json")
     }
 
 
@@ -59,7 +60,9 @@ def test_a_claim_ends_in_a_verdict_and_a_report(capsys: pytest.CaptureFixture[st
 def test_an_interrupted_reproduce_finishes_with_the_same_numbers(runs: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reprise.cli", "reproduce", *SMOKE, "seed=0"]
     other = {**os.environ, "REPRISE_RUNS": str(tmp_path)}
-    child = subprocess.Popen(command, env=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command, env=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 240
     while not list(tmp_path.rglob("summary.json")):
         assert time.monotonic() < deadline, "no run finished in time"

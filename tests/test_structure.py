@@ -100,7 +100,12 @@ def test_constraints_pin_every_dependency() -> None:
 
 @pytest.mark.parametrize("command", [["--help"], ["papers", "--help"]])
 def test_help_does_not_import_torch(command: list[str]) -> None:
-    code = f"import sys; from reprise.cli import main\ntry: main({command!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; from reprise.cli import main\n"
+        f"try: main({command!r})\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

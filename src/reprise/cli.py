@@ -11,7 +11,9 @@ from pathlib import Path
 
 from reprise.errors import RepriseError
 
-HYDRA_HELP = "any Hydra overrides, e.g. experiment=vit/small seed=3 arm=vit optimizer.lr=0.01; and Hydra's flags (-m, --cfg job)"
+HYDRA_HELP = (
+    "any Hydra overrides, e.g. experiment=vit/small seed=3 optimizer.lr=0.01; and Hydra's flags (-m, --cfg job)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,9 +136,9 @@ def report(args: argparse.Namespace) -> int:
 
     runs = args.path or paths.runs_dir()
     if not runs.is_dir():
-        raise RepriseError("there are no run folders", looked_at=runs, next_step="reprise reproduce experiment=vit/small")
-    slugs = [discovery.check_paper(args.paper)] if args.paper else [s for s in discovery.papers() if (runs / s).is_dir()]
-    for slug in slugs:
+        raise RepriseError("there are no run folders", looked_at=runs, next_step="make reproduce PAPER=vit")
+    chosen = [discovery.check_paper(args.paper)] if args.paper else discovery.papers()
+    for slug in (slug for slug in chosen if (runs / slug).is_dir()):
         print(build_report(runs, slug))
         if args.write:
             print(write_results(runs, slug))
@@ -236,7 +238,8 @@ def doctor(args: argparse.Namespace) -> int:
     from reprise.doctor import diagnose
 
     findings = diagnose()
-    print(json.dumps(findings, indent=1)) if args.json else print("\n".join(f"{k:<22} {v}" for k, v in findings.items()))
+    lines = [f"{name:<22} {value}" for name, value in findings.items()]
+    print(json.dumps(findings, indent=1) if args.json else "\n".join(lines))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Golden cases: inputs, weights and outputs of official code, stored on disk; `reprise parity` compares ours with them."""
+"""Golden cases: inputs, weights and outputs of official code on disk; `reprise parity` compares ours with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds that are pure functions of what they are for, so that nothing needs to remember a position in a random stream."""
+"""Seeds that are pure functions of what they are for, so that nothing has to remember a position in a stream."""
 
 from __future__ import annotations
 

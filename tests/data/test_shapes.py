@@ -77,7 +77,8 @@ def test_a_later_slot_hides_an_earlier_one():
     assert rendered.instances[0, 30, 33] == 2
     assert rendered.area_visible[0, 1] == rendered.area_full[0, 1] == pytest.approx(np.pi * 100, rel=0.02)
     assert rendered.area_visible[0, 0] < rendered.area_full[0, 0]
-    assert rendered.boxes_visible[0].tolist() == [[20, 20, 40, 40], [26, 20, 46, 40]]
+    assert rendered.boxes_full[0].tolist() == [[20, 20, 40, 40], [26, 20, 46, 40]]
+    assert rendered.boxes_visible[0].tolist() == [[20, 20, 33, 40], [26, 20, 46, 40]]
     assert semantic(rendered, scenes)[0, 30, 33] == scenes.shape[0, 1] + 1
 
 

@@ -220,3 +220,16 @@ def test_a_zero_tolerance_wants_the_exact_number():
     off = exact.model_copy(update={"parameters": PARAMETERS + 1})
     assert plan.check_size(exact, lambda overrides: (classifier(), SPEC)).matched
     assert not plan.check_size(off, lambda overrides: (classifier(), SPEC)).matched
+
+
+class Attached(Classifier):
+    """Asks for its trainer in the training step."""
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        assert self.trainer.max_steps == 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_that_asks_for_its_trainer_gets_one():
+    module = Attached(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.optim.Adam, num_classes=2)
+    assert measure.optimizer_step(module, measure.example_batch(module, SPEC, 4)) > 0

@@ -129,6 +129,8 @@ def test_the_index_lists_papers_with_runs(workshop):
     assert 'href="toy_paper/report.html"' in html
     assert "Supported" in html
     assert "not_a_paper" not in html
+    workshop.write_card({"title": "half"})
+    assert "card.yaml is not right" in build_index(workshop.runs).read_text()
 
 
 def test_band_averages_bins_within_a_seed_then_over_seeds():

@@ -197,7 +197,7 @@ def test_effective_steps_of_momentum() -> None:
 
 
 def test_moon_remembers_the_previous_local_models() -> None:
-    weights, state = play(Moon(), rounds=1)
+    _, state = play(Moon(), rounds=1)
     torch.manual_seed(0)
     initial = FlatModel(fedavg_digits()).vector()
     absent = [1, 3, 5, 7, 6]  # client 6 took part, but has no data to learn from

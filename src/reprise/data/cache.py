@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def _load(folder: Path) -> Arrays | None:
 
 
 def _checksum(path: Path) -> int:
+    facts = path.stat()
+    return _checksum_of(path, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=256)
+def _checksum_of(path: Path, changed: int, size: int) -> int:
+    """CRC-32 of a file, computed once in a process for each state of the file."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

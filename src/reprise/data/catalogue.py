@@ -334,7 +334,7 @@ ENTRIES = (
         source="https://image-net.org/challenges/LSVRC/2012",
         layout="imagenet/{train,val}/<wnid>/*.JPEG",
         check=_expect("imagenet", {"train/n*": 1000, "val/n*": 1000}),
-        instructions="log in at image-net.org, download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, and unpack "
+        instructions="log in at image-net.org, download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; unpack "
         "them to <data root>/imagenet/{train,val}/<wnid>/*.JPEG",
     ),
     DataEntry(

@@ -144,15 +144,20 @@ def _between(low: int, high: int) -> int:
 def _resize(
     image: Tensor, boxes: tv_tensors.BoundingBoxes, shorter: int, longest: int | None
 ) -> tuple[Tensor, tv_tensors.BoundingBoxes]:
-    """Shorter side to `shorter`, or less so that the longer side is at most `longest`."""
+    """Both resized as `resized_size` says."""
     from torchvision.transforms.v2 import functional as tvf
 
-    height, width = image.shape[1:]
-    scale = shorter / min(height, width)
-    if longest is not None:
-        scale = min(scale, longest / max(height, width))
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    size = list(resized_size(image.shape[1], image.shape[2], shorter, longest))
     return tvf.resize(image, size, antialias=True), tvf.resize(boxes, size)
+
+
+def resized_size(height: int, width: int, shorter: int, longest: int | None) -> tuple[int, int]:
+    """(h, w) with the shorter side at `shorter`, or less so that the longer is about `longest`; rounded as by DETR."""
+    low, high = min(height, width), max(height, width)
+    if longest is not None and shorter * high / low > longest:
+        shorter = max(1, round(longest * low / high))
+    longer = max(1, int(shorter * high / low))
+    return (shorter, longer) if height <= width else (longer, shorter)
 
 
 def relative_boxes(boxes: Tensor, size: Tensor) -> Tensor:

@@ -43,12 +43,13 @@ def minibatch_sizes(items: int, batch_size: int, epochs: int) -> list[int]:
 class RoundLoader:
     """Communication rounds `start .. steps-1` as one rank sees them.
 
-    A batch holds, equal on all ranks, `round` (int) and for the S sampled clients `clients`, `sizes` (items) and `steps`
-    (local mini-batches), int64 [S]; and under `local` this rank's clients, slots rank, rank + world, ... of `clients`
-    (so any number of ranks works, and a rank may have none). A client is a dict: `slot`, `client`, `size` (ints); `image`
-    [U, C, H, W], `label` [U] and `index` [U], its items; `order` int64 [V], the rows of all its visits, epoch after
-    epoch; `splits`, the lengths of the mini-batches that `order` is cut into. With augmentation every visit has its own
-    row (U = V), otherwise U is the client's number of items. `index` at the top is all of this rank's item indices.
+    A batch holds, equal on all ranks, `round` (int) and for the S sampled clients `clients`, `sizes` (items) and
+    `steps` (local mini-batches), int64 [S]; and under `local` this rank's clients, slots rank, rank + world, ... of
+    `clients` (so any number of ranks works, and a rank may have none). A client is a dict: `slot`, `client`, `size`
+    (ints); `image` [U, C, H, W], `label` [U] and `index` [U], its items; `order` int64 [V], the rows of all its visits,
+    epoch after epoch; `splits`, the lengths of the mini-batches that `order` is cut into. With augmentation every visit
+    has its own row (U = V), otherwise U is the client's number of items. `index` at the top is all of this rank's item
+    indices.
 
     Args:
         source: the training items.
@@ -146,7 +147,7 @@ class Federated(DataModule):
         super().__init__(batch_size=batch_size, steps=steps, seed=seed, eval_batch_size=eval_batch_size, limit=limit)
         if num_clients < 1 or local_epochs < 1 or not 0 < sample_ratio <= 1:
             raise ConfigError(
-                f"no rounds with {num_clients} clients, a sample ratio of {sample_ratio} and {local_epochs} local epochs",
+                f"no rounds with {num_clients} clients, a ratio of {sample_ratio} and {local_epochs} local epochs",
                 looked_at="data.num_clients, data.sample_ratio, data.local_epochs",
                 next_step="use at least one client and one epoch, and a ratio in (0, 1]",
             )

@@ -148,8 +148,9 @@ def _too_few(items: int, num_clients: int, min_items: int, alpha: float) -> Conf
 def sharding_max(
     labels: npt.ArrayLike, num_clients: int, *, shards_per_client: int, seed: int = PUBLISHED_SEED
 ) -> list[IntArray]:
-    """Shards of a fixed size, int(int(N / num_clients) / shards_per_client); each client draws classes at random until it
-    has its shards. Left-over items may stay unused.
+    """Shards of a fixed size, int(int(N / num_clients) / shards_per_client), of randomly drawn classes.
+
+    Left-over items may stay unused.
 
     Raises:
         ConfigError: the shards run out.

@@ -163,11 +163,21 @@ def _activation_bytes(module: nn.Module, batch: Batch) -> int:
 def optimizer_step(module: PaperModule, batch: Batch) -> float | None:
     """One training step on one batch; the loss, None on the meta device.
 
-    A module with manual optimization steps inside a Trainer; any other one as Lightning would, closure and all.
+    As Lightning would, closure and all, but without a Trainer, whose hooks fetch pretrained weights; inside one where
+    the module optimizes by hand or asks for its trainer.
     """
     module.train()
     if not module.automatic_optimization:
-        return _manual_step(module, batch)
+        return _step_in_trainer(module, batch)
+    try:
+        return _bare_step(module, batch)
+    except RuntimeError as error:
+        if "not attached to a `Trainer`" not in str(error):
+            raise
+        return _step_in_trainer(module, batch)
+
+
+def _bare_step(module: PaperModule, batch: Batch) -> float | None:
     optimizer = build_optimizer(module)
     losses: list[Tensor] = []
 
@@ -184,7 +194,7 @@ def optimizer_step(module: PaperModule, batch: Batch) -> float | None:
     return None if losses[0].is_meta else float(losses[0])
 
 
-def _manual_step(module: PaperModule, batch: Batch) -> float:
+def _step_in_trainer(module: PaperModule, batch: Batch) -> float:
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader
 

@@ -39,7 +39,7 @@ def _arms(verdict: Verdict) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("arm")
     table.add_column(metric, justify="right")
-    table.add_column("95 % CI", justify="right")
+    table.add_column("95 % CI", justify="right", no_wrap=True)
     table.add_column("every seed")
     for arm in verdict.arms.values():
         sample = arm.metrics.get(metric)
@@ -53,10 +53,10 @@ def _arms(verdict: Verdict) -> Table:
 
 def _contrasts(verdict: Verdict) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("contrast")
-    for name in ("claimed", "difference", "95 % CI", "p", "dz", "seeds"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    table.add_column("contrast (claimed)")
+    for name in ("difference", "95 % CI", "p", "seeds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for contrast in verdict.contrasts():
         table.add_row(*_contrast_cells(contrast))
     return table
@@ -64,12 +64,10 @@ def _contrasts(verdict: Verdict) -> Table:
 
 def _contrast_cells(contrast: ContrastResult) -> list[str | Text]:
     return [
-        Text(contrast.name),
-        contrast.claimed,
+        Text(f"{contrast.name} ({contrast.claimed})"),
         signed(contrast.mean),
         Text(interval(contrast.ci, sign=True)),
         number(contrast.p, 3),
-        number(contrast.effect_size, 2),
         str(contrast.n),
         Text(contrast.verdict, style=COLOURS[contrast.verdict]),
     ]

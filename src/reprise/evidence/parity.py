@@ -218,27 +218,27 @@ def closing_line(results: Sequence[CaseResult]) -> str:
 
 
 def render(results: Sequence[CaseResult]) -> Table:
-    """Case, max error, tolerance, and pass or fail; of a case the output nearest to its tolerance is shown."""
+    """Case, max error, tolerance, and pass or fail; the numbers are of the output nearest to its tolerance."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("case")
-    table.add_column("max error", justify="right")
-    table.add_column("tolerance", justify="right")
-    table.add_column("")
+    table.add_column("case", no_wrap=True)
+    table.add_column("max error", justify="right", no_wrap=True)
+    table.add_column("tolerance", justify="right", no_wrap=True)
     table.add_column("")
     for result in results:
-        error, tolerance = _numbers(result.worst)
         outcome = Text("pass", style="green") if result.passed else Text("FAIL", style="bold red")
-        detail = Text(_detail(result), style="dim")
-        table.add_row(Text(f"{result.paper}: {result.case}"), error, tolerance, outcome, detail)
+        table.add_row(Text(result.case), *_numbers(result.worst), outcome)
     return table
 
 
 def print_results(results: Sequence[CaseResult], console: Console) -> None:
-    """The table and the closing line."""
+    """The table, why cases failed, and the closing line."""
     console.print(render(results))
+    for result in results:
+        if not result.passed:
+            console.print(f"{result.case}: {_detail(result)}", style="red", highlight=False, markup=False)
     console.print(closing_line(results), highlight=False)
 
 
@@ -250,12 +250,11 @@ def _numbers(worst: OutputResult | None) -> tuple[str, str]:
 
 
 def _detail(result: CaseResult) -> str:
-    if result.message or result.worst is None:
+    """Why a case failed."""
+    if result.message:
         return result.message
     failed = [output for output in result.outputs if not output.passed]
-    if not failed:
-        return f"{len(result.outputs)} outputs, nearest: {result.worst.name}"
-    shown = ", ".join(f"{output.name}{f' ({output.message})' if output.message else ''}" for output in failed[:3])
+    shown = ", ".join(f"{output.name} ({output.message or f'error {output.max_error:.2g}'})" for output in failed[:3])
     return f"{len(failed)} of {len(result.outputs)} outputs: {shown}{', …' if len(failed) > 3 else ''}"
 
 

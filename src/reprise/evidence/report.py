@@ -73,12 +73,13 @@ class OurResult:
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One paper on the index page."""
+    """One paper on the index page; `problem` says why it has no verdicts, or is ""."""
 
     slug: str
     title: str
     family: str
     verdicts: list[Verdict]
+    problem: str = ""
 
 
 def build_report(runs_dir: Path, slug: str) -> Path:
@@ -111,7 +112,11 @@ def build_index(runs_dir: Path) -> Path:
 
 
 def _index_row(runs_dir: Path, slug: str) -> IndexRow:
-    card, claim = load_card(slug), load_claim(slug)
+    """A paper whose card or claim is wrong is shown as such: it must not hide the others."""
+    try:
+        card, claim = load_card(slug), load_claim(slug)
+    except ConfigError as error:
+        return IndexRow(slug, slug, "", [], error.problem)
     labels = [label for label in scale_labels(runs_dir, slug) if label in discovery.SCALES]
     verdicts = [judge(slug, label, claim.at(label), find_runs(runs_dir, slug, label)) for label in labels]
     return IndexRow(slug, card.title, card.family, verdicts)
@@ -150,10 +155,15 @@ def _images(finished: Sequence[RunRecord], labels: dict[str, str]) -> list[Image
 
 def _repeat(verdict: Verdict, finished: Sequence[RunRecord]) -> list[str]:
     """Commands that make these runs again: the whole claim, or for a variant its runs one by one."""
-    checkout = [f"git checkout {commit}" for commit in verdict.git_commits[-1:] if len(verdict.git_commits) == 1]
+    checkout = [_checkout(commit) for commit in verdict.git_commits if len(verdict.git_commits) == 1]
     if verdict.scale in discovery.SCALES:
         return [*checkout, f"make reproduce PAPER={verdict.paper} SCALE={verdict.scale}"]
     return checkout + list(dict.fromkeys(run.text("command") for run in finished if run.text("command")))
+
+
+def _checkout(commit: str) -> str:
+    clean = commit.removesuffix("+changes")
+    return f"git checkout {clean}" + ("" if clean == commit else "   # the runs had uncommitted changes on top")
 
 
 def _ours(sections: Sequence[ScaleSection]) -> list[OurResult]:

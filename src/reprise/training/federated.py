@@ -1,8 +1,8 @@
 """Federated training on one machine or several ranks: local SGD over flat weight vectors, and sums over the clients.
 
-A model is seen as a function of one flat vector w [P] (P parameters), so that what an algorithm does to weights, momentum
-or control variates is written as in its paper. The clients of a round train one after the other, or all at once
-(`torch.func.vmap` over clients); both give the same weights up to rounding.
+A model is seen as a function of one flat vector w [P] (P parameters), so that what an algorithm does to weights,
+momentum or control variates is written as in its paper. The clients of a round train one after the other, or all at
+once (`torch.func.vmap` over clients); both give the same weights up to rounding.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class LocalSGD:
 class LocalObjective(Protocol):
     """What the clients minimise; `Algorithm` of the FedNTD paper is one."""
 
-    features: bool
+    @property
+    def features(self) -> bool: ...
 
     def annotate(self, model: FlatModel, received: Tensor, image: Tensor, context: Context) -> Notes: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -172,9 +173,8 @@ def checkpoint_of(trainer: pl.Trainer) -> ExactCheckpoint:
 
 
 def _rank() -> int:
-    import os
-
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank, as torchrun or srun numbers it; 0 where there is only one."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _facts(cfg: DictConfig, config_hash: str) -> dict[str, Any]:

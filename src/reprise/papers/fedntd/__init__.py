@@ -1,1 +1,1 @@
-"""FedNTD: Preservation of the Global Knowledge by Not-True Distillation in Federated Learning (Lee et al., NeurIPS 2022)."""
+"""FedNTD: not-true distillation preserves global knowledge in federated learning (Lee et al., NeurIPS 2022)."""

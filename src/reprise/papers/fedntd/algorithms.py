@@ -1,6 +1,6 @@
 """Federated algorithms with one interface: what a client minimises, what it sends, and what the server makes of it.
 
-Vectors: w [P] weights; `received` w_g, the global weights a round starts from; K clients, S of them in a round, n_k items.
+Vectors: w [P] weights; `received` w_g, the global weights a round starts from; K clients of n_k items, S in a round.
 `state` is the server's memory (tensors [P], or [K, P] with one row a client): the module keeps it in buffers, and
 `aggregate` updates it in place.
 """

@@ -1,4 +1,4 @@
-"""The small CNNs of the paper: two convolutions and two linear layers, without normalisation (which averaging dislikes)."""
+"""The small CNNs of the paper: two convolutions and two linear layers, without normalisation layers."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from reprise.data.loader import Batch, EvalLoader
 from reprise.errors import ConfigError
@@ -29,8 +30,8 @@ LAST = 5  # test/accuracy_last5 is the mean over the global models of this many 
 class FederatedClassifier(PaperModule):
     """The server of FedNTD and of its baselines (Lee et al. 2022, algorithm 1).
 
-    The optimizer is the server's: it holds the learning rate, momentum and weight decay that the clients of a round train
-    with, and the schedule is stepped once per round; it never steps itself. Batches are rounds
+    The optimizer is the server's: it holds the learning rate, momentum and weight decay that the clients of a round
+    train with; the schedule is stepped once per round. It moves nothing itself. Batches are rounds
     (`reprise.data.federated.RoundLoader`). All state is in buffers: the algorithm's memory (`state_*`), the class-wise
     accuracy of the global model on validation data by round (`history`, NaN where not validated), the global models of
     the last rounds (`recent`), the last measures of local models, and the number of finished rounds.
@@ -46,7 +47,7 @@ class FederatedClassifier(PaperModule):
         num_classes, num_clients: of the data.
         rounds: of the whole run.
         local_every: after every so many rounds, measure the local models on the validation items, inside and outside
-            their clients' classes (`val/local_accuracy`, `val/in_local_accuracy`, `val/out_local_accuracy`); 0 for never.
+            their clients' classes (`val/local_accuracy`, `val/in_local_accuracy`, `val/out_local_accuracy`); 0: never.
         client_execution: `sequential` or `batched`; both give the same weights.
         as_released: behave like the released code where it differs from the paper: the initial learning rate is
             `released_lr`, and FedCurv's penalty forgets the clients that came earlier in a round.
@@ -81,7 +82,7 @@ class FederatedClassifier(PaperModule):
         released_lr: float | None = None,
     ) -> None:
         if as_released and released_lr is not None:
-            optimizer = functools.partial(optimizer, lr=released_lr)
+            optimizer = _with_rate(optimizer, released_lr)
         super().__init__(optimizer, schedule)
         self.model = model
         self.flat = FlatModel(model)
@@ -128,8 +129,8 @@ class FederatedClassifier(PaperModule):
         self._measure_locals(batch, results)
         self._accept(self.algorithm.aggregate(self.state, finished), finished.mean_buffers())
         self.trainer.optimizers[0].step()  # moves nothing (no gradients): it marks the round for the schedule
-        for schedule in self.trainer.lr_scheduler_configs:
-            schedule.scheduler.step()
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()  # type: ignore[union-attr]  # one schedule, of a kind that needs no metric
         steps = batch["steps"].sum().clamp(min=1)
         loss = all_reduce_sum(sum((r.losses.sum() for r in results), start=received.new_zeros(()))) / steps
         self.log("train/loss", loss, batch_size=1)
@@ -224,6 +225,18 @@ class FederatedClassifier(PaperModule):
         yield pictures.partition(self.trainer.datamodule.counts(), spec.classes)  # type: ignore[attr-defined]
         yield pictures.class_history(self.history.cpu(), spec.classes)
         yield pictures.accuracy_history(self.history.cpu())
+
+
+def _with_rate(optimizer: OptimizerFactory, lr: float) -> OptimizerFactory:
+    """The same factory with another learning rate."""
+
+    def make(parameters: Iterable[Any]) -> Optimizer:
+        made = optimizer(parameters)
+        for group in made.param_groups:
+            group["lr"] = lr
+        return made
+
+    return make
 
 
 def _choose(algorithms: Mapping[str, FedAvg], name: str) -> FedAvg:

@@ -37,7 +37,7 @@ from reprise.papers.fedntd.criterion import not_true_distillation, not_true_logi
 from reprise.papers.fedntd.measures import class_hits, in_and_out_local
 from reprise.papers.fedntd.model import FedAvgNet, fedavg_cifar, fedavg_mnist, fedavg_tiny
 from reprise.papers.fedntd.weights import import_weights
-from reprise.training.federated import ClientTraining, FlatModel, LocalResult, LocalSGD, Round, weighted_mean
+from reprise.training.federated import ClientTraining, FlatModel, LocalSGD, Round, weighted_mean
 
 Outputs = Mapping[str, Tensor]
 NETWORKS = {"fedavg_cifar": fedavg_cifar, "fedavg_mnist": fedavg_mnist, "fedavg_tiny": fedavg_tiny}

@@ -36,8 +36,8 @@ def class_history(history: Tensor, classes: Sequence[str]) -> Picture:
     axes.set(xlabel="round", ylabel="class")
     figure.colorbar(image, ax=axes, label="accuracy")
     caption = (
-        "Validation accuracy of the global model on each class after each round. A row that turns dark again is a class "
-        f"that was known and then forgotten; forgetting F = {float(forgetting(history)):.3f}."
+        "Validation accuracy of the global model on each class after each round. A row that turns dark again is a "
+        f"class that was known and then forgotten; forgetting F = {float(forgetting(history)):.3f}."
     )
     return Picture("class_history", figure, caption)
 

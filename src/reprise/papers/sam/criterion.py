@@ -113,7 +113,7 @@ def sharpness(loss: LossOfWeights, weights: Weights, radius: float, steps: int =
     return best - start
 
 
-def top_eigenvalue(loss: LossOfWeights, weights: Weights, rng: torch.Generator, iterations: int = 30) -> Tensor:
+def top_eigenvalue(loss: LossOfWeights, weights: Weights, rng: torch.Generator, iterations: int = 15) -> Tensor:
     """Eigenvalue of largest magnitude of the Hessian of L at w, by power iteration on Hessian-vector products.
 
     Returns:

@@ -86,7 +86,7 @@ class SharpnessAwareClassifier(Classifier):
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         fitted = self.fit_to_labels()
         for name, value in fitted.items():
-            self.log(f"train/{name}", value)
+            self.log(f"train/{name}", value, sync_dist=True)
         self.history.append({"step": current_step(self.trainer), "val/accuracy": accuracy} | fitted)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -100,7 +100,7 @@ class SharpnessAwareClassifier(Classifier):
     def on_test_epoch_end(self) -> None:
         found = self.fit_to_labels() | self.measure_sharpness()
         for name, value in found.items():
-            self.log(f"test/{name}", value)
+            self.log(f"test/{name}", value, sync_dist=True)
 
     def probe(self) -> Batch:
         """The first `probe_items` training items on this device, with `clean_label` [N] beside `label` [N]."""

@@ -91,7 +91,7 @@ class ViTModule(Classifier):
         train, test = (self._features(split) for split in ("train", "test"))
         for shots in self.few_shot:
             accuracy = few_shot_accuracy(train, test, self.num_classes, shots)
-            self.log(f"test/few_shot_{shots}", accuracy, rank_zero_only=False, sync_dist=True)
+            self.log(f"test/few_shot_{shots}", accuracy, sync_dist=True)
 
     @torch.no_grad()
     def _features(self, split: str) -> tuple[Tensor, Tensor]:

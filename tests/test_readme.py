@@ -1,0 +1,74 @@
+"""Every command in the README does what it says; runs are cut to smoke size."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from reprise import paths
+from reprise.cli import main
+
+pytestmark = pytest.mark.slow
+
+README = (paths.root() / "README.md").read_text()
+BLOCKS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SPANS = [span for row in re.findall(r"^\|.*\|$", README, re.MULTILINE) for span in re.findall(r"`([^`]+)`", row)]
+COMMANDS = [text for text in BLOCKS + SPANS if text.split()[0] in ("make", "reprise")]
+# Those that other tests run as a whole: test_new_paper.py, and this very suite.
+ELSEWHERE = ("make new-paper", "make test")
+
+
+def test_commands_were_found() -> None:
+    assert len(COMMANDS) >= 18
+    assert any(command.startswith("make reproduce") for command in COMMANDS)
+
+
+def expand(command: str) -> list[str]:
+    """The `reprise` words behind a make command."""
+    if not command.startswith("make"):
+        return shlex.split(command)[1:]
+    dry = subprocess.run(
+        ["make", "-s", "-n", "-o", ".venv/.installed", *shlex.split(command)[1:]],
+        cwd=paths.root(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return shlex.split(dry.stdout.strip().splitlines()[-1])[1:]
+
+
+def smoke_sized(words: list[str]) -> list[str]:
+    """The command with its runs cut to a few steps."""
+    if "--cfg" in words or "--dry-run" in words:
+        return words
+    if words[0] == "reproduce":
+        return [*words, "smoke=true", "seed=0"]
+    return [*words, "smoke=true"] if words[0] == "train" else words
+
+
+@pytest.mark.parametrize("command", [text for text in COMMANDS if not text.startswith(ELSEWHERE) and text != "make"])
+def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = expand(command)
+    if "/public" in command + " ".join(words) and not os.environ.get("REPRISE_DATA"):
+        pytest.skip("REPRISE_DATA is not set: no public data at hand")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    if words[0] == "report":
+        assert main(["train", "experiment=vit/small", "smoke=true"]) == 0
+    if "shapes.png" in words:
+        words[words.index("shapes.png")] = str(tmp_path / "shapes.png")
+    assert main(smoke_sized(words)) == 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_lists_itself() -> None:
+    listed = subprocess.run(["make"], cwd=paths.root(), capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z-]+):.*## ", (paths.root() / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) >= 16
+    for target in targets:
+        assert f"make {target}" in listed
