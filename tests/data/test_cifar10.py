@@ -177,6 +177,7 @@ def test_the_configuration_file_has_every_option():
     CIFAR10(**{**config, "steps": 1, "seed": 0})
 
 
+@pytest.mark.slow
 def test_the_real_images():
     if not os.environ.get("REPRISE_DATA") or registry.check("cifar10").state == "missing":
         pytest.skip("CIFAR-10 is not below REPRISE_DATA")

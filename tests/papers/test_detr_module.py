@@ -34,8 +34,9 @@ def _run(module: PaperModule, data: ShapesDetection) -> dict[str, float]:
         num_sanity_val_steps=0,
     )
     trainer.fit(module, datamodule=data)
+    trained = dict(trainer.callback_metrics)
     trainer.test(module, datamodule=data, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: float(value) for name, value in {**trained, **trainer.callback_metrics}.items()}
 
 
 @pytest.mark.filterwarnings("ignore")

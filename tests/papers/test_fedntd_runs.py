@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from tests.cross.support import differences, smoke_config
+from tests.papers.test_fedntd import clients
 from torch import Tensor
 
 from reprise.config import run_dir
@@ -16,8 +18,6 @@ from reprise.papers.fedntd.model import fedavg_digits
 from reprise.papers.fedntd.module import FederatedClassifier
 from reprise.training.federated import ClientTraining, FlatModel, LocalSGD, Round
 from reprise.training.run import train
-from tests.cross.support import differences, smoke_config
-from tests.papers.test_fedntd import clients
 
 STATEFUL = ["scaffold", "moon", "feddyn", "fedavgm", "fedcurv"]
 SPLIT = [FedAvg, FedNTD, FedAvgM, FedNova, Scaffold, Moon, FedDyn, FedCurv]
@@ -50,9 +50,10 @@ def test_memory_of_the_server_survives(algorithm: str, tmp_path: Path, monkeypat
         return step(self, batch, batch_idx)
 
     monkeypatch.setenv("REPRISE_RUNS", str(tmp_path / "cut"))
-    with monkeypatch.context() as broken, pytest.raises(PowerCutError):
+    with monkeypatch.context() as broken:
         broken.setattr(FederatedClassifier, "training_step", cut)
-        train(cfg, show_progress=False)
+        with pytest.raises(PowerCutError):
+            train(cfg, show_progress=False)
     assert train(cfg, show_progress=False) == expected
     assert differences(final_state(cfg), whole) == []
 

@@ -114,7 +114,7 @@ class DetrModule(PaperModule):
     def on_validation_epoch_end(self) -> None:
         found = self.val_ap.compute()
         self.val_ap.reset()
-        self.log_dict({"val/ap": found["map"], "val/ap50": found["map_50"]})
+        self.log_dict({"val/ap": found["map"], "val/ap50": found["map_50"]}, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         output = self(batch["image"], padding_of(batch))
@@ -127,9 +127,10 @@ class DetrModule(PaperModule):
         for scores in self.test_scores:
             scores.reset()
         self.layer_scores = [{name: float(value) for name, value in layer.items()} for layer in layers]
-        self.log_dict({f"test/{name}": value for name, value in self.layer_scores[-1].items()})
+        self.log_dict({f"test/{name}": value for name, value in self.layer_scores[-1].items()}, sync_dist=True)
         for index, layer in enumerate(self.layer_scores):
-            self.log_dict({f"test/layer{index}_{name}": layer[name] for name in ("ap50", "ap50_nms", "nms_gain")})
+            own = {f"test/layer{index}_{name}": layer[name] for name in ("ap50", "ap50_nms", "nms_gain")}
+            self.log_dict(own, sync_dist=True)
 
     def _detections(self, output: DetrOutput, batch: Batch) -> list[list[Detection]]:
         """Detections of every decoder layer."""
