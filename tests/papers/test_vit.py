@@ -371,7 +371,7 @@ def test_the_module_loads_official_weights_when_training_starts(tmp_path: Path) 
     assert isinstance(ours.network, VisionTransformer)
     assert torch.equal(ours.network.embedding.weight, source.embedding.weight)
     assert not ours.network.head.weight.any()
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="do not exist"):
         module(pretrained="absent.npz").setup("fit")
 
 

@@ -56,7 +56,7 @@ def check_targets(config: Any, path: str) -> None:
                 next_step=f"use something from {', '.join(ALLOWED_TARGETS)}",
             )
         for key, value in plain.items():
-            check_targets(value, f"{path}.{key}")
+            check_targets(value, f"{path}.{key!s}")
     elif isinstance(plain, list):
         for position, value in enumerate(plain):
             check_targets(value, f"{path}[{position}]")

@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from reprise.data.module import DataModule
+
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
@@ -47,6 +49,11 @@ class PaperModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_schedule = schedule
 
+    @property
+    def data(self) -> DataModule:
+        """The data module of the run at hand."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def parameter_groups(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
         """What the optimizer gets; override for per-group learning rates or weight decay."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -61,5 +68,5 @@ class PaperModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def pictures(self) -> Iterator[Picture]:
-        """Figures that show the method at work, made once after the test with `self.trainer.datamodule` at hand."""
+        """Figures that show the method at work, made once after the test with `self.data` at hand."""
         return iter(())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reprise import paths
 from reprise.data.loader import EvalLoader
 from reprise.data.module import DataModule
+from reprise.errors import CheckpointError
 from reprise.papers.vit.cnn import ConvNet
 from reprise.papers.vit.criterion import LOSSES
 from reprise.papers.vit.fewshot import few_shot_accuracy
@@ -141,5 +142,12 @@ def is_kernel(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
-    return path if path.is_file() else paths.data_root() / "vit" / name
+    places = [Path(name).expanduser(), paths.data_root() / "vit" / name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise CheckpointError(
+        f"the pre-trained weights {name!r} do not exist",
+        looked_at=" and ".join(str(place.absolute()) for place in places),
+        next_step="download an official .npz (google-research/vision_transformer) and name it in paper.pretrained",
+    )
