@@ -42,6 +42,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["experiment=vit/small", "paper._target_=os.system"], "'os.system' is not allowed"),
         (["experiment=vit/small", "data=unheard_of"], "unheard_of"),
         (["experiment=vit/small", "trainer.devices=auto"], "must be a number"),
+        (["experiment=vit/small", "+optimizer.typo=1"], "the optimizer cannot be built"),
     ],
 )
 def test_configuration_mistakes(capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str) -> None:

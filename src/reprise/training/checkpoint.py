@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ def newest_checkpoint(folder: Path, identity: Mapping[str, str]) -> tuple[Path, 
     for path in sorted(folder.glob("step=*.ckpt"), reverse=True):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError):
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
             continue
         return path, check_identity(content, identity, path)
     return None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from pytorch_lightning import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from reprise.errors import ConfigError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from reprise.data.module import DataModule
 
+Made = TypeVar("Made")
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
@@ -59,14 +62,26 @@ class PaperModule(LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameter_groups())
+        optimizer = _made(self.make_optimizer, self.parameter_groups(), "optimizer")
         if isinstance(optimizer, Attachable):
             optimizer.attach(self)
         if self.make_schedule is None:
             return optimizer
-        schedule = self.make_schedule(optimizer)
+        schedule = _made(self.make_schedule, optimizer, "schedule")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def pictures(self) -> Iterator[Picture]:
         """Figures that show the method at work, made once after the test with `self.data` at hand."""
         return iter(())
+
+
+def _made(factory: Callable[[Any], Made], subject: Any, group: str) -> Made:
+    """What a configured factory makes; an option it does not know is the configuration's fault."""
+    try:
+        return factory(subject)
+    except TypeError as error:
+        raise ConfigError(
+            f"the {group} cannot be built: {error}",
+            looked_at=group,
+            next_step=f"`--cfg job --package {group}` shows its options; a recipe may set one that this {group} lacks",
+        ) from error

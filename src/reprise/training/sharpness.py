@@ -133,6 +133,7 @@ class SAM(Optimizer):
         sync_perturbations: average the ascent gradient over DDP replicas before it is normalised.
         sub_batch: m: items that share a perturbation; the batch is cut into such parts and their gradients are
             averaged. The module must take its part through `select`.
+        base_options: handed to the base optimizer, so that a recipe's `optimizer.lr` still acts under `optimizer=sam`.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class SAM(Optimizer):
         epsilon: float = 1e-12,
         sync_perturbations: bool = False,
         sub_batch: int | None = None,
+        **base_options: Any,
     ) -> None:
         if sub_batch is not None and (sub_batch < 1 or sync_perturbations):
             raise ValueError("sub_batch must be positive, and excludes sync_perturbations")
@@ -156,7 +158,7 @@ class SAM(Optimizer):
         super().__init__(params, {"rho": rho, "adaptive": adaptive})
         if any(group["rho"] < 0 for group in self.param_groups):
             raise ValueError("rho must not be negative")
-        self.base = base(self.param_groups)
+        self.base = base(self.param_groups, **base_options)
         self.defaults = {**self.base.defaults, **self.defaults}
         self._share()
         self.norm = norm

@@ -28,6 +28,7 @@ class FedAvgNet(nn.Module):
     ) -> None:
         super().__init__()
         first, second = channels
+        self.image_shape = tuple(image_shape)
         depth, height, width = image_shape
         self.conv2d_1 = nn.Conv2d(depth, first, kernel_size, padding=kernel_size // 2)
         self.conv2d_2 = nn.Conv2d(first, second, kernel_size, padding=kernel_size // 2)

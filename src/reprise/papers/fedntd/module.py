@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from reprise.data.loader import Batch, EvalLoader
 from reprise.errors import ConfigError
 from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
 from reprise.papers.fedntd.measures import class_hits, forgetting, in_and_out_local
+from reprise.papers.fedntd.model import FedAvgNet
 from reprise.training.federated import (
     ClientTraining,
     FlatModel,
@@ -33,7 +34,7 @@ class FederatedClassifier(PaperModule):
     The optimizer is the server's: it holds the learning rate, momentum and weight decay that the clients of a round
     train with; the schedule is stepped once per round. It moves nothing itself. Batches are rounds
     (`reprise.data.federated.RoundLoader`). All state is in buffers: the algorithm's memory (`state_*`), the class-wise
-    accuracy of the global model on validation data by round (`history`, NaN where not validated), the global models of
+    accuracy of the global model on validation data by round (`history`, -1 where not measured), the global models of
     the last rounds (`recent`), the last measures of local models, and the number of finished rounds.
 
     Logs `val/accuracy` and `val/forgetting` at each validation; `test/accuracy` (final global model),
@@ -41,7 +42,7 @@ class FederatedClassifier(PaperModule):
     of every round; so that the test items are touched once, its history is the one on the validation items.
 
     Args:
-        model: images [B, C, H, W] to logits; with `return_features=True` also features.
+        model: images [B, C, H, W] to logits, and features where asked.
         algorithms: by name.
         algorithm: the name of the one to use.
         num_classes, num_clients: of the data.
@@ -67,7 +68,7 @@ class FederatedClassifier(PaperModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: FedAvgNet,
         optimizer: OptimizerFactory,
         schedule: ScheduleFactory | None = None,
         *,
@@ -84,7 +85,7 @@ class FederatedClassifier(PaperModule):
         if as_released and released_lr is not None:
             optimizer = _with_rate(optimizer, released_lr)
         super().__init__(optimizer, schedule)
-        self.model = model
+        self.model: FedAvgNet = model
         self.flat = FlatModel(model)
         self.algorithm = _choose(algorithms, algorithm)
         if isinstance(self.algorithm, FedCurv):
@@ -96,9 +97,9 @@ class FederatedClassifier(PaperModule):
         self.state_names = list(state)
         for name, value in state.items():
             self.register_buffer(f"state_{name}", value)
-        self.register_buffer("history", torch.full((rounds, num_classes), torch.nan))
+        self.register_buffer("history", torch.full((rounds, num_classes), -1.0))
         self.register_buffer("recent", weights.new_zeros(LAST, len(weights)))
-        self.register_buffer("local_measures", torch.full((3,), torch.nan))
+        self.register_buffer("local_measures", torch.full((3,), -1.0))
         self.register_buffer("finished_rounds", torch.zeros((), dtype=torch.int64))
         self.register_buffer("hits", torch.zeros(LAST, num_classes), persistent=False)
         self.register_buffer("items", torch.zeros(num_classes), persistent=False)
@@ -110,6 +111,22 @@ class FederatedClassifier(PaperModule):
     def state(self) -> dict[str, Tensor]:
         """The algorithm's memory."""
         return {name: getattr(self, f"state_{name}") for name in self.state_names}
+
+    @property
+    def class_history(self) -> Tensor:
+        """Class-wise validation accuracy of the global model by round, [rounds, C], NaN where not measured."""
+        return self.history.masked_fill(self.history < 0, torch.nan)
+
+    def example_batch(self, batch_size: int) -> Batch:
+        """A round of one client with one random mini-batch, for `reprise plan`."""
+        items = {
+            "image": torch.rand(batch_size, *self.model.image_shape),
+            "label": torch.zeros(batch_size, dtype=torch.int64),
+            "index": torch.arange(batch_size),
+        }
+        client = {"slot": 0, "client": 0, "size": batch_size, "order": torch.arange(batch_size), "splits": [batch_size]}
+        sampled = {"clients": torch.tensor([0]), "sizes": torch.tensor([batch_size]), "steps": torch.tensor([1])}
+        return {**items, "round": 0, **sampled, "local": [{**client, **items}]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One communication round: the rank's clients train, the server aggregates over all ranks."""
@@ -128,7 +145,7 @@ class FederatedClassifier(PaperModule):
         )
         self._measure_locals(batch, results)
         self._accept(self.algorithm.aggregate(self.state, finished), finished.mean_buffers())
-        self.trainer.optimizers[0].step()  # moves nothing (no gradients): it marks the round for the schedule
+        self.optimizers().step()  # type: ignore[union-attr]  # moves nothing (no gradients): counts the round
         if (schedule := self.lr_schedulers()) is not None:
             schedule.step()  # type: ignore[union-attr]  # one schedule, of a kind that needs no metric
         steps = batch["steps"].sum().clamp(min=1)
@@ -187,11 +204,11 @@ class FederatedClassifier(PaperModule):
     def on_validation_epoch_end(self) -> None:
         hits, items = all_reduce_sum(self.hits[0].clone()), all_reduce_sum(self.items.clone())
         if self.finished_rounds:
-            self.history[self.finished_rounds - 1] = hits / items
+            self.history[self.finished_rounds - 1] = (hits / items).nan_to_num(nan=-1.0)
         self.log("val/accuracy", hits.sum() / items.sum())
-        self.log("val/forgetting", forgetting(self.history))
+        self.log("val/forgetting", forgetting(self.class_history))
         names = ("local_accuracy", "in_local_accuracy", "out_local_accuracy")
-        if self.local_measures.isfinite().all():
+        if (self.local_measures >= 0).all():
             self.log_dict({f"val/{name}": value for name, value in zip(names, self.local_measures, strict=True)})
 
     def last_models(self) -> Tensor:
@@ -211,7 +228,7 @@ class FederatedClassifier(PaperModule):
         accuracy = hits.sum(1)[: len(self.last_models())] / items.sum()
         self.log("test/accuracy", accuracy[0])
         self.log("test/accuracy_last5", accuracy.mean())
-        self.log("test/forgetting", forgetting(self.history))
+        self.log("test/forgetting", forgetting(self.class_history))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -223,8 +240,8 @@ class FederatedClassifier(PaperModule):
 
         spec = self.trainer.datamodule.spec  # type: ignore[attr-defined]
         yield pictures.partition(self.trainer.datamodule.counts(), spec.classes)  # type: ignore[attr-defined]
-        yield pictures.class_history(self.history.cpu(), spec.classes)
-        yield pictures.accuracy_history(self.history.cpu())
+        yield pictures.class_history(self.class_history.cpu(), spec.classes)
+        yield pictures.accuracy_history(self.class_history.cpu())
 
 
 def _with_rate(optimizer: OptimizerFactory, lr: float) -> OptimizerFactory:

@@ -105,7 +105,7 @@ class SharpnessAwareClassifier(Classifier):
     def probe(self) -> Batch:
         """The first `probe_items` training items on this device, with `clean_label` [N] beside `label` [N]."""
         with torch.inference_mode(False):
-            source = self.trainer.datamodule.source("train")  # type: ignore[attr-defined]
+            source = self.data.source("train")
             batch = source.fetch(torch.arange(min(self.probe_items, len(source))))
             moved = {name: batch[name].to(self.device) for name in ("image", "label")}
             return moved | {"clean_label": batch.get("clean_label", batch["label"]).to(self.device)}
@@ -155,7 +155,7 @@ class SharpnessAwareClassifier(Classifier):
         if len(wrong):
             chosen = {name: value[wrong].cpu() for name, value in batch.items()}
             guess = self.predict(batch["image"][wrong]).argmax(-1).cpu()
-            yield pictures.mislabelled(chosen, guess, self.trainer.datamodule.spec.classes)  # type: ignore[attr-defined]
+            yield pictures.mislabelled(chosen, guess, self.data.spec.classes)
 
 
 def _released(optimizer: OptimizerFactory) -> OptimizerFactory:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from reprise import paths
 from reprise.data.loader import EvalLoader
-from reprise.data.module import DataModule
 from reprise.errors import CheckpointError
 from reprise.papers.vit.cnn import ConvNet
 from reprise.papers.vit.criterion import LOSSES
@@ -65,12 +64,6 @@ class ViTModule(Classifier):
         assert isinstance(self.model, VisionTransformer | ConvNet)
         return self.model
 
-    @property
-    def _data(self) -> DataModule:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in connect
-        assert isinstance(data, DataModule)
-        return data
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Kernels, and (without weight decay, unless `decay_all`) everything else."""
         chosen = dict(self.network.named_parameters())
@@ -97,7 +90,7 @@ class ViTModule(Classifier):
     @torch.no_grad()
     def _features(self, split: str) -> tuple[Tensor, Tensor]:
         feature, label = [], []
-        for batch in EvalLoader(self._data.source(split), self._data.eval_batch_size):
+        for batch in EvalLoader(self.data.source(split), self.data.eval_batch_size):
             feature.append(self.network.features(batch["image"].to(self.device)).cpu())
             label.append(batch["label"].cpu())
         return torch.cat(feature), torch.cat(label)
@@ -105,7 +98,7 @@ class ViTModule(Classifier):
     def pictures(self) -> Iterator[Picture]:
         from reprise.papers.vit import pictures
 
-        source = self._data.source("test")
+        source = self.data.source("test")
         batch = source.fetch(torch.arange(min(8, len(source))))
         network = self.network.eval()
         if isinstance(network, ConvNet):
@@ -128,7 +121,7 @@ class ViTModule(Classifier):
         from reprise.papers.vit import pictures
 
         probability, answer = self.predict(image).max(-1)
-        names = self._data.spec.classes
+        names = self.data.spec.classes
         titles = [f"{names[a]} {p:.0%}" for a, p in zip(answer.tolist(), probability.tolist(), strict=True)]
         figure = pictures.attention_figure(network, image, titles)
         return Picture(

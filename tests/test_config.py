@@ -1,0 +1,78 @@
+"""Composition: the order of overrides, variants, hashes, every option of every group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from reprise import paths
+from reprise.config import compose, config_hash, job_overrides, run_dir, variant_name
+from reprise.errors import ConfigError
+from reprise.training.instantiate import check_targets, instantiate
+
+GROUPS = ("optimizer", "schedule", "trainer", "logger", "callbacks")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((paths.conf_dir() / group).glob("*.yaml"))]
+
+
+def test_options_were_found() -> None:
+    assert {group for group, _ in OPTIONS} == set(GROUPS)
+    assert len(OPTIONS) >= 18
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_builds(group: str, option: str) -> None:
+    if group in ("optimizer", "schedule"):
+        extra = ["++schedule.milestones=[2]"] if option == "step" else []
+        with initialize_config_dir(str(paths.conf_dir()), version_base="1.3"):
+            alone = hydra_compose(f"{group}/{option}", overrides=["+steps=10", *extra])
+        OmegaConf.resolve(alone)
+        factory = instantiate(alone[group], path=group)
+        target = [torch.nn.Parameter(torch.zeros(2, 2))]
+        factory(target if group == "optimizer" else torch.optim.SGD(target, lr=1.0))
+        return
+    cfg = compose(["experiment=vit/small", f"{group}={option}"])
+    if group == "trainer" and not isinstance(cfg.trainer.strategy, str):
+        instantiate(cfg.trainer.strategy, path="trainer.strategy")
+
+
+def test_the_user_s_overrides_come_after_the_arm_s() -> None:
+    composed = job_overrides(["experiment=vit/small", "arm=vit_100", "data.train_size=50"])
+    assert composed.index("data.train_size=100") < composed.index("data.train_size=50")
+    assert compose(["experiment=vit/small", "arm=vit_100", "data.train_size=50"]).data.train_size == 50
+
+
+def test_a_variant_names_the_change_and_neutral_keys_do_not() -> None:
+    assert "variant=optimizer.lr-0.1" in job_overrides(["experiment=vit/small", "optimizer.lr=0.1"])
+    neutral = ["experiment=vit/small", "seed=3", "logger=wandb", "trainer=gpu", "trainer.devices=2", "threads=2"]
+    assert not any(item.startswith("variant=") for item in job_overrides(neutral))
+    assert len(variant_name(["key=" + "x" * 500])) <= 60
+
+
+def test_the_hash_covers_what_decides_and_nothing_else() -> None:
+    base = config_hash(compose(["experiment=vit/small"]))
+    same = [["logger=tensorboard"], ["trainer=gpu", "trainer.precision=32-true"], ["callbacks.checkpoint.keep=5"]]
+    other = [["seed=1"], ["optimizer.lr=0.5"], ["steps=10"], ["data.batch_size=32"], ["trainer.precision=bf16-mixed"]]
+    assert all(config_hash(compose(["experiment=vit/small", *more])) == base for more in same)
+    assert len({config_hash(compose(["experiment=vit/small", *more])) for more in other} | {base}) == len(other) + 1
+
+
+def test_run_folders_are_named_by_paper_scale_arm_and_seed() -> None:
+    path = run_dir(compose(["experiment=vit/small", "arm=cnn", "seed=4"]))
+    assert path.parts[-4:] == ("vit", "small", "cnn", "seed=4")
+    assert run_dir(compose(["experiment=vit/small", "smoke=true"])).parts[-3] == "smoke"
+
+
+def test_learning_rate_and_batch_do_not_depend_on_devices() -> None:
+    one = compose(["experiment=vit/small"])
+    many = compose(["experiment=vit/small", "trainer=ddp", "trainer.devices=8"])
+    assert one.optimizer == many.optimizer
+    assert one.data == many.data
+
+
+@pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.run", "torch.load", "repriseX.evil"])
+def test_targets_outside_the_white_list_are_refused(target: str) -> None:
+    with pytest.raises(ConfigError, match="not allowed"):
+        check_targets({"part": [{"_target_": target}]}, "paper")
