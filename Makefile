@@ -48,8 +48,8 @@ papers: $(STAMP)  ## a row a paper: scales, golden cases, sizes, verdicts
 data: $(STAMP)  ## [ARGS="fetch cifar10"]: the data registry
 	@$(BIN)/reprise data $(if $(ARGS),$(ARGS),list)
 
-test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## every test, a process a core
+	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -74,7 +74,8 @@ class AveragePrecision(MeanAveragePrecision):
     """COCO average precision as fractions; collects on every rank and gathers when computed."""
 
     def __init__(self) -> None:
-        super().__init__(box_format="xyxy", iou_type="bbox", backend="faster_coco_eval")
+        with torch.device("cpu"):  # its constructor reads values, which meta tensors do not have
+            super().__init__(box_format="xyxy", iou_type="bbox", backend="faster_coco_eval")
         self.warn_on_many_detections = False  # DETR gives one detection a query; COCO's cut at 100 is meant
 
 

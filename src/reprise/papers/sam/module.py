@@ -107,8 +107,9 @@ class SharpnessAwareClassifier(Classifier):
         with torch.inference_mode(False):
             source = self.data.source("train")
             batch = source.fetch(torch.arange(min(self.probe_items, len(source))))
-            moved = {name: batch[name].to(self.device) for name in ("image", "label")}
-            return moved | {"clean_label": batch.get("clean_label", batch["label"]).to(self.device)}
+            clean = batch["clean_label"] if "clean_label" in batch else batch["label"]
+            moved = {"image": batch["image"], "label": batch["label"], "clean_label": clean}
+            return {name: value.to(self.device) for name, value in moved.items()}
 
     @torch.no_grad()
     def fit_to_labels(self) -> dict[str, float]:
