@@ -160,6 +160,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
         raise ConfigError(
             f"the configuration is incomplete: {str(error).splitlines()[0]}", next_step="set the key in the recipe"
         ) from error
+    _check_types(resolved)
     result = OmegaConf.create(resolved)
     assert isinstance(result, DictConfig)
     OmegaConf.set_struct(result, True)
@@ -169,7 +170,30 @@ def resolve(cfg: DictConfig) -> DictConfig:
 
 # Groups whose every key is handed to a constructor, which refuses what it does not know.
 _INSTANTIATED = ("paper", "data", "trainer", "logger", "callbacks")
-_READ = ("slug", "scale", "arm", "seed", "steps", "val_every", "smoke", "variant", "threads", "compile")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "slug": (str,),
+    "scale": (str,),
+    "arm": (str, type(None)),
+    "seed": (int,),
+    "steps": (int,),
+    "val_every": (int, type(None)),
+    "smoke": (bool,),
+    "variant": (str, type(None)),
+    "threads": (int,),
+    "compile": (bool,),
+}
+
+
+def _check_types(resolved: Any) -> None:
+    """Top-level values have their types, and counts are positive."""
+    for key, kinds in _TYPES.items():
+        value = resolved[key]
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if wrong or (key in ("steps", "val_every", "threads") and value is not None and value < 1):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ConfigError(f"{key} must be {wanted}, not {value!r}", looked_at=key, next_step=f"set {key}=...")
 
 
 def _refuse_unread(cfg: Any) -> None:
@@ -179,7 +203,7 @@ def _refuse_unread(cfg: Any) -> None:
     unread = [
         path
         for path in _leaves(OmegaConf.to_container(cfg, resolve=False))
-        if path.split(".")[0] not in (*_INSTANTIATED, *_READ)
+        if path.split(".")[0] not in (*_INSTANTIATED, *_TYPES)
         and not any(path == name or path.startswith(f"{name}.") for name in named)
     ]
     if unread:

@@ -24,13 +24,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
+    def listen(self) -> None:
+        """Install our handlers (again): Lightning puts its own in their place when a fit begins."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signals while the body runs (only possible in the main thread)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
         try:
             yield
         finally:
@@ -50,6 +57,9 @@ class StopBetweenSteps(Callback):
     def __init__(self, request: StopRequest, checkpoint: ExactCheckpoint | None) -> None:
         self.request = request
         self.checkpoint = checkpoint
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.request.listen()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._requested(trainer):
