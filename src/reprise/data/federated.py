@@ -167,6 +167,11 @@ class Federated(DataModule):
         held_out = {split: min(size, self.limit) for split, size in spec.sizes.items() if split != "train"}
         return replace(spec, sizes={**spec.sizes, **held_out})
 
+    @property
+    def examples_per_step(self) -> int:
+        clients = max(int(self.sample_ratio * self.num_clients), 1)
+        return clients * self.local_epochs * (self.spec.sizes["train"] // self.num_clients)
+
     def build_source(self, split: str) -> Source:
         source = self.base.source(split)
         return source if split == "train" or self.limit is None else Head(source, self.limit)

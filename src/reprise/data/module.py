@@ -38,6 +38,11 @@ class DataModule(LightningDataModule):
     def spec(self) -> DataSpec:
         """Shapes, classes, split sizes, licence, source; must not read the data."""
 
+    @property
+    def examples_per_step(self) -> int:
+        """Training examples that one step of all ranks goes through; rounds of clients are more than a batch."""
+        return self.batch_size
+
     @abstractmethod
     def build_source(self, split: str) -> Source:
         """The items of `train`, `val` or `test`, at most `self.limit` of them.

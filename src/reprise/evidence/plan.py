@@ -76,8 +76,10 @@ class Plan:
     """All that `reprise plan` found out about a recipe.
 
     Attributes:
-        device_hours: on `DEVICE`s at `UTILISATION` of their peak, three forward passes' worth a step; None when the
-            forward pass could not be counted.
+        examples: forward and backward passes of single examples in the whole run (SAM takes two a step, a federated
+            round many).
+        device_hours: on `DEVICE`s at `UTILISATION` of their peak, three forward passes' worth an example; None when
+            the forward pass could not be counted.
         memory: bytes a device with its share of the global batch; None when it could not be measured.
         step: the optimizer step; None when it failed (`messages` says why).
     """
@@ -89,6 +91,7 @@ class Plan:
     steps: int
     batch_size: int
     devices: int
+    examples: int
     device_hours: float | None
     memory: MemoryEstimate | None
     step: StepResult | None
@@ -107,9 +110,11 @@ def plan_experiment(overrides: Sequence[str]) -> Plan:
         ConfigError: the overrides name no recipe, or the card is wrong.
     """
     from reprise.config import compose, experiment_of
+    from reprise.training.instantiate import instantiate
 
     slug, recipe = experiment_of(overrides)
     cfg, card = compose(overrides), load_card(slug)
+    examples = instantiate(cfg.data, path="data").examples_per_step
     sized = "paper" if "paper" in discovery.recipes(slug) else recipe
 
     def build_size(more: Sequence[str]) -> Built:
@@ -124,6 +129,7 @@ def plan_experiment(overrides: Sequence[str]) -> Plan:
         data=check_data(data_name(cfg)),
         steps=int(cfg.steps),
         batch_size=int(cfg.data.batch_size),
+        examples_per_step=examples,
         devices=device_count(cfg),
     )
 
@@ -148,6 +154,7 @@ def make_plan(
     steps: int,
     batch_size: int,
     devices: int,
+    examples_per_step: int | None = None,
 ) -> Plan:
     """Examine a recipe from its parts.
 
@@ -155,15 +162,18 @@ def make_plan(
         build_size: makes the module of a published size from its overrides, on torch's default device.
         build: makes the recipe's own module.
         steps, batch_size, devices: of the recipe; the batch is global.
+        examples_per_step: what one step goes through, where that is not one batch (rounds of clients).
     """
     messages: list[str] = []
     share = math.ceil(batch_size / devices)
     macs = _try(lambda: _forward_cost(build)[1], "multiply-adds", messages)
     memory = _try(lambda: _memory(build, share), "memory", messages)
     step = make_step(build, share, memory, messages)
-    hours = None if macs is None else 6 * macs * steps * batch_size / (DEVICE_FLOPS * UTILISATION) / 3600
+    passes = _try(lambda: _passes(build), "passes", messages) or 1
+    work = (examples_per_step or batch_size) * passes * steps
+    hours = None if macs is None else 6 * macs * work / (DEVICE_FLOPS * UTILISATION) / 3600
     sizes = [check_size(size, build_size) for size in card.sizes]
-    return Plan(slug, recipe, sizes, data, steps, batch_size, devices, hours, memory, step, messages)
+    return Plan(slug, recipe, sizes, data, steps, batch_size, devices, work, hours, memory, step, messages)
 
 
 def check_size(size: Size, build: Build) -> SizeResult:
@@ -205,6 +215,11 @@ def _forward_cost(build: Callable[[], Built]) -> tuple[int, int]:
         return measure.count_parameters(module), measure.multiply_adds(module, measure.example_batch(module, spec, 1))
 
     return _on_meta_or_cpu(cost)
+
+
+def _passes(build: Callable[[], Built]) -> int:
+    with torch.device("meta"):
+        return int(getattr(build()[0], "passes_per_step", 1))
 
 
 def _memory(build: Callable[[], Built], batch_size: int) -> MemoryEstimate:
@@ -371,7 +386,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.device_hours is not None:
         assumed = f"{DEVICE} at {UTILISATION:.0%} of {DEVICE_FLOPS / 1e12:.0f} TFLOP/s"
-        facts.append(("device-hours", f"{plan.device_hours:,.1f} ({assumed}, one forward and backward pass a step)"))
+        facts.append(("device-hours", f"{plan.device_hours:,.2f} ({assumed}, {plan.examples:,} examples in all)"))
     if plan.memory is not None:
         memory = plan.memory
         detail = ", ".join(f"{name} {bytes_text(value)}" for name, value in asdict(memory).items())

@@ -70,6 +70,11 @@ class PaperModule(LightningModule):
         schedule = _made(self.make_schedule, optimizer, "schedule")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def passes_per_step(self) -> int:
+        """Forward and backward passes over its batch that one training step makes (SAM: two)."""
+        return getattr(getattr(self.make_optimizer, "func", None), "passes", 1)
+
     def pictures(self) -> Iterator[Picture]:
         """Figures that show the method at work, made once after the test with `self.data` at hand."""
         return iter(())

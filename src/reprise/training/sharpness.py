@@ -136,6 +136,8 @@ class SAM(Optimizer):
         base_options: handed to the base optimizer, so that a recipe's `optimizer.lr` still acts under `optimizer=sam`.
     """
 
+    passes = 2  # forward and backward passes a step
+
     def __init__(
         self,
         params: Iterable[Any],
