@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -27,6 +28,16 @@ ELSEWHERE = ("make new-paper", "make test")
 def test_commands_were_found() -> None:
     assert len(COMMANDS) >= 18
     assert any(command.startswith("make reproduce") for command in COMMANDS)
+
+
+def test_the_table_of_papers_is_the_generated_one() -> None:
+    path = paths.root() / "scripts" / "readme.py"
+    spec = importlib.util.spec_from_file_location("readme_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.with_table(README) == README, "run: python scripts/readme.py"
 
 
 def expand(command: str) -> list[str]:

@@ -133,6 +133,7 @@ def report(args: argparse.Namespace) -> int:
     from reprise import discovery, paths
     from reprise.evidence.report import build_index, build_report
     from reprise.evidence.results import write_results
+    from reprise.evidence.runs import find_runs
 
     runs = args.path or paths.runs_dir()
     if not runs.is_dir():
@@ -140,7 +141,7 @@ def report(args: argparse.Namespace) -> int:
     chosen = [discovery.check_paper(args.paper)] if args.paper else discovery.papers()
     for slug in (slug for slug in chosen if (runs / slug).is_dir()):
         print(build_report(runs, slug))
-        if args.write:
+        if args.write and (args.paper or any(run.is_finished for run in find_runs(runs, slug))):
             print(write_results(runs, slug))
     print(build_index(runs))
     return 0
