@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from reprise.cli import main
 from reprise.evidence.claims import load_claim
@@ -30,6 +31,12 @@ def summaries(runs: Path) -> dict[str, dict[str, float]]:
         str(path.parent.relative_to(runs)): json.loads(path.read_text())["metrics"]
         for path in runs.rglob("summary.json")
     }
+
+
+@pytest.fixture(autouse=True)
+def fresh_workers() -> None:
+    """joblib keeps its worker processes, with the environment of an earlier test."""
+    get_reusable_executor().shutdown(wait=True)
 
 
 @pytest.fixture
@@ -73,6 +80,22 @@ def test_an_interrupted_reproduce_finishes_with_the_same_numbers(runs: Path, tmp
     assert subprocess.run(command, env=other, capture_output=True).returncode == 0
     assert reproduce("seed=0") == 0
     assert summaries(tmp_path) == summaries(runs)
+
+
+def test_ctrl_c_saves_the_running_jobs_and_starts_no_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reprise.cli", "reproduce", *SMOKE, "seed=0,1,2", "steps=400", "val_every=400"]
+    other = {**os.environ, "REPRISE_RUNS": str(tmp_path), "REPRISE_JOBS": "1"}
+    child = subprocess.Popen(command, env=other, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.rglob("progress.json")):
+        assert time.monotonic() < deadline, "no run began in time"
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=240)
+    assert child.returncode == 130, errors
+    assert "run the same command again to go on" in errors
+    assert len(list(tmp_path.rglob("step=*.ckpt"))) == 1
+    assert not list(tmp_path.rglob("verdict.json"))
 
 
 def test_a_changed_configuration_moves_the_old_run_aside(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

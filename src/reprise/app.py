@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from reprise import paths
-from reprise.errors import ConfigError, RepriseError
+from reprise.errors import ConfigError, InterruptedRunError, RepriseError
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,20 @@ def task(hydra_config: DictConfig) -> dict[str, float] | Failure:
     from hydra.types import RunMode
 
     from reprise.config import register_resolvers, resolve
+    from reprise.training.jobs import refuse_when_stopped
     from reprise.training.launch import launch
 
     register_resolvers()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
+        refuse_when_stopped()
         return launch(resolve(hydra_config), show_progress=single and sys.stderr.isatty())
     except Exception as error:
         return Failure(error, traceback.format_exc())
+    except KeyboardInterrupt:
+        if single:
+            raise
+        return Failure(InterruptedRunError("stopped before it could save"), traceback.format_exc())
 
 
 def run_hydra(overrides: Sequence[str], flags: Sequence[str] = ()) -> Any:

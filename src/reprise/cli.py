@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reprise.errors import RepriseError
+from reprise.errors import InterruptedRunError, RepriseError
 
 HYDRA_HELP = (
     "any Hydra overrides, e.g. experiment=vit/small seed=3 optimizer.lr=0.01; and Hydra's flags (-m, --cfg job)"
@@ -93,6 +93,12 @@ def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
 
     if not isinstance(outcome, SweepOutcome) or outcome.dry_run:
         return 0
+    if outcome.stopped:
+        done = sum(job.finished for job in outcome.jobs)
+        raise InterruptedRunError(
+            f"stopped; {done} of {len(outcome.jobs)} runs are finished and the others saved where they were",
+            next_step="run the same command again to go on",
+        )
     if verdicts:
         _conclude(outcome)
     for job, reason in outcome.failed:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig
@@ -18,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reprise import config as configuration
-from reprise.errors import ConfigError
+from reprise.errors import ConfigError, InterruptedRunError
 from reprise.training.runfolder import RunFolder, write_json
 
 
@@ -66,6 +70,7 @@ class SweepOutcome:
     skipped: list[Job] = field(default_factory=list)
     failed: list[tuple[Job, str]] = field(default_factory=list)
     dry_run: bool = False
+    stopped: bool = False
 
 
 def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepOutcome:
@@ -84,13 +89,56 @@ def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepO
         return outcome
     for job in todo:  # so that the live view does not show the progress of an earlier attempt
         (job.folder / "progress.json").unlink(missing_ok=True)
-    with live_view(todo, len(skipped), console):
+    with live_view(todo, len(skipped), console), stopping_gently(console) as stop:
         returns = launcher.launch([list(job.overrides) for job in todo], initial_job_idx=0)
     for job, result in zip(todo, returns, strict=True):
         if not isinstance(result.return_value, dict):
             outcome.failed.append((job, result.return_value.message))
             _leave_trace(job, result.return_value)
+    outcome.stopped = stop.requested
     return outcome
+
+
+# Names a file; a job that finds it does not start.
+STOP_VARIABLE = "REPRISE_STOP_FILE"
+
+
+@dataclass
+class Stop:
+    """Whether the user asked the sweep to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stopping_gently(console: Console) -> Iterator[Stop]:
+    """Ctrl-C once: running jobs (which get the signal too) save and end, waiting ones do not start. Twice: stop now."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "stop"
+
+        def on_ctrl_c(number: int, frame: FrameType | None) -> None:
+            stop.requested = True
+            file.touch()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            console.print("stopping: the running jobs are being saved; Ctrl-C again stops at once")
+
+        before = signal.signal(signal.SIGINT, on_ctrl_c)
+        os.environ[STOP_VARIABLE] = str(file)
+        try:
+            yield stop
+        finally:
+            signal.signal(signal.SIGINT, before)
+            os.environ.pop(STOP_VARIABLE, None)
+
+
+def refuse_when_stopped() -> None:
+    """Raise in a job whose sweep was stopped before the job began."""
+    if Path(os.environ.get(STOP_VARIABLE, "")).is_file():
+        raise InterruptedRunError("not started, because the sweep was stopped")
 
 
 def _leave_trace(job: Job, failure: Any) -> None:
