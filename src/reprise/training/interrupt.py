@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +19,14 @@ from reprise.errors import InterruptedRunError
 from reprise.training.checkpoint import ExactCheckpoint, current_step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_VARIABLE = "REPRISE_STOP_FILE"  # names a file; a job of a sweep that finds it does not start
+
+
+def tell_the_sweep() -> None:
+    """Let the waiting jobs of the sweep that this process belongs to (if any) know that they shall not start."""
+    if name := os.environ.get(STOP_VARIABLE):
+        with contextlib.suppress(OSError):
+            Path(name).touch()
 
 
 class StopRequest:
@@ -49,6 +60,8 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            tell_the_sweep()
 
 
 class StopBetweenSteps(Callback):

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from reprise import config as configuration
 from reprise.errors import ConfigError, InterruptedRunError
+from reprise.training.interrupt import STOP_VARIABLE, tell_the_sweep
 from reprise.training.runfolder import RunFolder, write_json
 
 
@@ -99,10 +100,6 @@ def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepO
     return outcome
 
 
-# Names a file; a job that finds it does not start.
-STOP_VARIABLE = "REPRISE_STOP_FILE"
-
-
 @dataclass
 class Stop:
     """Whether the user asked the sweep to stop."""
@@ -121,8 +118,7 @@ def stopping_gently(console: Console) -> Iterator[Stop]:
         file = Path(folder) / "stop"
 
         def on_ctrl_c(number: int, frame: FrameType | None) -> None:
-            stop.requested = True
-            file.touch()
+            tell_the_sweep()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             console.print("stopping: the running jobs are being saved; Ctrl-C again stops at once")
 
@@ -131,6 +127,7 @@ def stopping_gently(console: Console) -> Iterator[Stop]:
         try:
             yield stop
         finally:
+            stop.requested = file.exists()
             signal.signal(signal.SIGINT, before)
             os.environ.pop(STOP_VARIABLE, None)
 
