@@ -140,6 +140,8 @@ def refuse_when_stopped() -> None:
 
 def _leave_trace(job: Job, failure: Any) -> None:
     """A failed job's folder says why, also when the job died before it had one."""
+    if isinstance(failure.error, InterruptedRunError):
+        return  # the folder is as the last checkpoint left it, or the job never began
     folder = RunFolder(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").write_text(failure.trace)
