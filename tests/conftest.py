@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from reprise.seeding import seed_all
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -16,6 +18,12 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("REPRISE_RUNS", str(tmp_path_factory.mktemp("runs")))
     cache = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("REPRISE_CACHE", os.environ.get("REPRISE_TEST_CACHE", str(cache)))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test draws the same numbers whatever ran before it, in whichever process."""
+    seed_all(0, "test")
 
 
 @pytest.fixture
