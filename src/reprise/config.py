@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from reprise import discovery, paths
 from reprise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from reprise.evidence.claims import Arm
 
 # What `smoke=true` means, on top of any recipe; a claim may add overrides of its own (`smoke:` in claim.yaml).
 SMOKE = ("steps=4", "val_every=2", "data.batch_size=8", "data.limit=64", "data.eval_batch_size=32")
@@ -25,6 +29,8 @@ NEUTRAL = re.compile(
     r"|trainer\.(accelerator|devices|num_nodes|strategy)(\.|$))"
 )
 HASHED_KEYS = ("slug", "paper", "data", "optimizer", "schedule", "steps", "val_every", "seed")
+# What an earlier stage shares with the run that continues from it, of all that the user typed.
+SHARED_BY_STAGES = re.compile(r"^(seed|smoke|threads|logger|callbacks|trainer)([./@]|$)")
 HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
 
 
@@ -70,8 +76,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def arm_overrides(slug: str, arm: str) -> list[str]:
-    """The overrides of an arm of the paper's claim.
+def arm_of(slug: str, name: str) -> Arm:
+    """An arm of the paper's claim.
 
     Raises:
         ConfigError: the claim has no such arm.
@@ -79,13 +85,13 @@ def arm_overrides(slug: str, arm: str) -> list[str]:
     from reprise.evidence.claims import load_claim
 
     arms = load_claim(slug).arms
-    if arm not in arms:
+    if name not in arms:
         raise ConfigError(
-            f"the claim of {slug!r} has no arm {arm!r}{did_you_mean(arm, list(arms))}",
+            f"the claim of {slug!r} has no arm {name!r}{did_you_mean(name, list(arms))}",
             looked_at=discovery.claim_path(slug),
             next_step=f"choose one of: {', '.join(arms)}",
         )
-    return list(arms[arm].overrides)
+    return arms[name]
 
 
 def default_arm(slug: str) -> str | None:
@@ -112,13 +118,23 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     arm = given.get("arm") or default_arm(slug)
     head = [f"experiment={slug}/{recipe}", f"slug={slug}"]
     if arm not in (None, "null"):
-        head += [*arm_overrides(slug, arm), f"arm={arm}"]
+        chosen = arm_of(slug, arm)
+        head += [*chosen.overrides, f"arm={arm}"]
+        head += [_start_from(chosen.after, overrides)] if chosen.after else []
     if given.get("smoke", "false").lower() == "true":
         head += smoke_overrides(slug)
     own = [item for item in overrides if split_override(item)[0] not in ("experiment", "arm")]
     changed = [item for item in own if not NEUTRAL.match(split_override(item)[0])]
     variant = [f"variant={variant_name(changed)}"] if changed and "variant" not in given else []
     return head + own + variant
+
+
+def _start_from(arm: str, overrides: Sequence[str]) -> str:
+    """The override that names the earlier stage: the claim's own run of `arm`, with the same seed."""
+    shared = [item for item in overrides if SHARED_BY_STAGES.match(split_override(item)[0])]
+    experiment = next(item for item in overrides if split_override(item)[0] == "experiment")
+    stage = job_overrides([experiment, f"arm={arm}", *shared])
+    return f"start_from={{arm: {arm}, overrides: [{', '.join(json.dumps(item) for item in stage)}]}}"
 
 
 def variant_name(changed: Sequence[str]) -> str:
@@ -131,16 +147,34 @@ def variant_name(changed: Sequence[str]) -> str:
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one run, composed outside a Hydra application (tests, plan, reports)."""
+    """The configuration of one run from what a user would type (tests, plan, reports)."""
+    return compose_job(job_overrides(overrides))
+
+
+def compose_job(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one run from its complete overrides, inside or outside a Hydra application."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(paths.conf_dir()), version_base="1.3"):
-        cfg = hydra_compose("train", overrides=job_overrides(overrides), return_hydra_config=True)
+    application, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(paths.conf_dir()), version_base="1.3"):
+            cfg = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = application
     return resolve(cfg)
+
+
+def earlier_stage(cfg: DictConfig) -> DictConfig | None:
+    """The configuration of the run from whose final state this one continues, or None."""
+    return _composed_once(tuple(cfg.start_from.overrides)) if cfg.start_from else None
+
+
+@functools.lru_cache(maxsize=64)
+def _composed_once(overrides: tuple[str, ...]) -> DictConfig:
+    return compose_job(overrides)
 
 
 def resolve(cfg: DictConfig) -> DictConfig:
@@ -183,6 +217,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "variant": (str, type(None)),
     "threads": (int,),
     "compile": (bool,),
+    "start_from": (dict, type(None)),
 }
 
 
@@ -223,11 +258,14 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """16 hex digits over everything that decides the numbers of a run."""
+    """16 hex digits over everything that decides the numbers of a run, its earlier stages included."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     decisive = {key: plain.get(key) for key in HASHED_KEYS}
     decisive["trainer"] = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
+    earlier = earlier_stage(cfg)
+    if earlier is not None:
+        decisive["start_from"] = config_hash(earlier)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

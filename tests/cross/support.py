@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from reprise import config as configuration
 from reprise import discovery
+from reprise.evidence.claims import load_claim
 
 PAPERS = discovery.papers()
 RECIPES = [(slug, recipe) for slug in PAPERS for recipe in discovery.recipes(slug)]
 ABLATIONS = [(slug, f"ablations/{name}") for slug in PAPERS for name in discovery.ablations(slug)]
+# The paper's method (the first arm) and every earlier stage that it continues from.
+STAGES = [
+    (slug, arm) for slug in PAPERS for claim in [load_claim(slug)] for arm in claim.stages(next(iter(claim.arms)))
+]
 
 
 def smoke_config(slug: str, *overrides: str) -> DictConfig:
@@ -61,10 +67,19 @@ def run_child(config: Path, runs: Path, *, fault: str = "", timeout: float = 300
 
 
 def only_run(runs: Path) -> Path:
-    """The one run folder below `runs`."""
-    found = [path.parent for path in runs.rglob("run.json")]
-    assert len(found) == 1, found
-    return found[0]
+    """The one run folder below `runs` that no other run continues from."""
+    found = {path.parent: OmegaConf.load(path.parent / "config.yaml") for path in runs.rglob("run.json")}
+    earlier = {cfg.start_from.arm for cfg in found.values() if cfg.start_from}
+    last = [folder for folder, cfg in found.items() if cfg.arm not in earlier]
+    assert len(last) == 1, found.keys()
+    return last[0]
+
+
+def copy_earlier_stages(source: Path, target: Path) -> None:
+    """Give `target` the finished runs below `source` that its last run continues from."""
+    for path in source.rglob("run.json"):
+        if path.parent != only_run(source):
+            shutil.copytree(path.parent, target / path.parent.relative_to(source))
 
 
 def final_state(runs: Path) -> dict[str, Any]:

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from reprise.evidence.cards import load_card
-from tests.cross.support import PAPERS, final_state, only_run, run_child, smoke_config, write_config
+from tests.cross.support import (
+    PAPERS,
+    STAGES,
+    copy_earlier_stages,
+    final_state,
+    only_run,
+    run_child,
+    smoke_config,
+    write_config,
+)
 
 pytestmark = pytest.mark.slow
 RELATIVE, ABSOLUTE = 2e-4, 2e-5
@@ -25,12 +34,14 @@ def metrics_of(runs: Path) -> dict[tuple[int, str], float]:
         return {(int(row["step"]), row["metric"]): float(row["value"]) for row in csv.DictReader(handle)}
 
 
-@pytest.mark.parametrize("slug", PAPERS)
-def test_two_ranks_agree_with_one(slug: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("slug", "arm"), STAGES)
+def test_two_ranks_agree_with_one(slug: str, arm: str, tmp_path: Path) -> None:
     invariant = [item for exception in load_card(slug).rank_exceptions for item in exception.overrides]
     runs = {}
     for name, trainer in (("one", "cpu"), ("two", "ddp_cpu")):
-        config = write_config(smoke_config(slug, f"trainer={trainer}", *invariant), tmp_path / name)
+        config = write_config(smoke_config(slug, f"arm={arm}", f"trainer={trainer}", *invariant), tmp_path / name)
+        if runs:
+            copy_earlier_stages(runs["one"], tmp_path / name / "runs")
         done = run_child(config, tmp_path / name / "runs")
         assert done.returncode == 0, done.stderr[-3000:]
         runs[name] = tmp_path / name / "runs"
@@ -48,4 +59,5 @@ def test_two_ranks_agree_with_one(slug: str, tmp_path: Path) -> None:
 
 
 def test_every_paper_was_collected() -> None:
+    assert {slug for slug, _ in STAGES} == set(PAPERS)
     assert len(PAPERS) >= 4

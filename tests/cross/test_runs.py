@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.cross.support import PAPERS, differences, final_state, only_run, run_child, smoke_config, write_config
+from tests.cross.support import (
+    PAPERS,
+    STAGES,
+    copy_earlier_stages,
+    differences,
+    final_state,
+    only_run,
+    run_child,
+    smoke_config,
+    write_config,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -39,11 +49,12 @@ Reseed.on_test_start = kill
 """
 
 
-@pytest.fixture(scope="module", params=PAPERS)
+@pytest.fixture(scope="module", params=STAGES, ids="-".join)
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(configuration file, run folders) of an uninterrupted smoke run."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = write_config(smoke_config(request.param, "callbacks.checkpoint.every_steps=1"), folder)
+    slug, arm = request.param
+    folder = tmp_path_factory.mktemp(f"{slug}-{arm}")
+    config = write_config(smoke_config(slug, f"arm={arm}", "callbacks.checkpoint.every_steps=1"), folder)
     done = run_child(config, folder / "reference")
     assert done.returncode == 0, done.stderr
     return config, folder / "reference"
@@ -69,6 +80,7 @@ def test_smoke_leaves_a_complete_run_folder(reference: tuple[Path, Path]) -> Non
 
 def test_same_seed_gives_identical_bits(reference: tuple[Path, Path], tmp_path: Path) -> None:
     config, runs = reference
+    copy_earlier_stages(runs, tmp_path)
     assert run_child(config, tmp_path).returncode == 0
     assert metrics_text(tmp_path) == metrics_text(runs)
     assert differences(final_state(tmp_path), final_state(runs)) == []
@@ -85,6 +97,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_killed_run_ends_as_if_nothing_had_happened(reference: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
     config, runs = reference
+    copy_earlier_stages(runs, tmp_path)
     killed = run_child(config, tmp_path, fault=fault)
     assert killed.returncode == -9, killed.stderr
     again = run_child(config, tmp_path)
@@ -94,4 +107,5 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(reference: tuple[Path, Pat
 
 
 def test_every_paper_was_collected() -> None:
+    assert {slug for slug, _ in STAGES} == set(PAPERS)
     assert len(PAPERS) >= 4

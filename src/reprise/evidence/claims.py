@@ -23,10 +23,14 @@ class _Strict(BaseModel):
 
 
 class Arm(_Strict):
-    """One variant that is trained: a label for tables, and its Hydra overrides on the recipe."""
+    """One variant that is trained: a label for tables, its Hydra overrides on the recipe, and its earlier stage.
+
+    With `after: <arm>` a run continues from the final state of that arm's run of the same scale and seed.
+    """
 
     label: Text
     overrides: list[str] = []
+    after: str | None = None
 
 
 class Term(NamedTuple):
@@ -132,9 +136,26 @@ class Claim(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Claim:
+        for name in self.arms:
+            self.stages(name)
         for scale in self.scales:
             _check_scale(self._scaled(scale), known=list(self.arms))
         return self
+
+    def stages(self, arm: str) -> list[str]:
+        """The arms that have to be run for `arm`, the earliest first and itself last.
+
+        Raises:
+            ValueError: `after` names no arm, or arms wait for each other.
+        """
+        chain = [arm]
+        while (earlier := self.arms[chain[0]].after) is not None:
+            if earlier not in self.arms:
+                raise ValueError(f"arms.{chain[0]}.after: no arm {earlier!r}; arms: {', '.join(self.arms)}")
+            if earlier in chain:
+                raise ValueError(f"arms.{chain[0]}.after: {earlier!r} waits for {chain[0]!r} itself")
+            chain.insert(0, earlier)
+        return chain
 
     def at(self, label: str) -> ScaledClaim:
         """The claim at a scale label; `<scale>~<overrides>` is that scale, `smoke` the small one.

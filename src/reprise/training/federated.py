@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from reprise.errors import ConfigError
+from reprise.training.distributed import all_reduce_sum
 
 Context = dict[str, Tensor]  # what an algorithm tells one client: vectors [P]
 Notes = dict[str, Tensor]  # what an algorithm knows of each item: first dimension = items
@@ -334,10 +335,3 @@ class Round:
         for result in self.results:
             table[result.slot] = value(result)
         return all_reduce_sum(table)
-
-
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over ranks (the value itself in a single process)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-    return value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reprise import config as configuration
 from reprise import paths
-from reprise.training.run import train
+from reprise.training.launch import launch
 
 # Losses of another CPU may differ in rounding, grown over four optimizer steps.
 RELATIVE_TOLERANCE = 1e-4
@@ -25,7 +25,7 @@ def first_losses(slug: str) -> dict[str, list[float]]:
     losses = {}
     for arm in load_claim(slug).at("small").arms:
         cfg = configuration.compose([f"experiment={slug}/small", "smoke=true", f"arm={arm}"])
-        train(cfg, show_progress=False)
+        launch(cfg, show_progress=False)
         with (configuration.run_dir(cfg) / "metrics.csv").open() as handle:
             losses[arm] = [float(row["value"]) for row in csv.DictReader(handle) if row["metric"] == "train/loss"]
     return losses

@@ -29,7 +29,7 @@ from reprise.training.runfolder import RunFolder, write_json
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep."""
+    """One run of a sweep; `after` is the earlier stage it continues from."""
 
     overrides: tuple[str, ...]
     folder: Path
@@ -39,10 +39,16 @@ class Job:
     arm: str
     seed: int
     steps: int
+    after: Job | None = None
 
     @classmethod
     def of(cls, overrides: Sequence[str], hydra_config: DictConfig) -> Job:
-        cfg = configuration.resolve(hydra_config)
+        """The job of complete overrides and of what Hydra composed from them."""
+        return cls._of(overrides, configuration.resolve(hydra_config))
+
+    @classmethod
+    def _of(cls, overrides: Sequence[str], cfg: DictConfig) -> Job:
+        earlier = configuration.earlier_stage(cfg)
         return cls(
             overrides=tuple(overrides),
             folder=configuration.run_dir(cfg),
@@ -52,6 +58,7 @@ class Job:
             arm=str(cfg.arm),
             seed=int(cfg.seed),
             steps=int(cfg.steps),
+            after=None if earlier is None else cls._of(cfg.start_from.overrides, earlier),
         )
 
     @property
@@ -75,8 +82,10 @@ class SweepOutcome:
 
 
 def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepOutcome:
-    """Run what is not finished yet; one failed job never stops the others."""
+    """Run what is not finished yet, earlier stages first; one failed job stops only those that continue from it."""
     _refuse_collisions(jobs)
+    waves = in_waves(jobs)
+    jobs = [job for wave in waves for job in wave]
     skipped = [job for job in jobs if job.finished]
     todo = [job for job in jobs if not job.finished]
     outcome = SweepOutcome(jobs, skipped, dry_run=dry_run)
@@ -91,13 +100,40 @@ def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepO
     for job in todo:  # so that the live view does not show the progress of an earlier attempt
         (job.folder / "progress.json").unlink(missing_ok=True)
     with live_view(todo, len(skipped), console), stopping_gently(console) as stop:
-        returns = launcher.launch([list(job.overrides) for job in todo], initial_job_idx=0)
-    for job, result in zip(todo, returns, strict=True):
+        for wave in waves:
+            _run_wave([job for job in wave if not job.finished], launcher, outcome)
+    outcome.stopped = stop.requested
+    return outcome
+
+
+def in_waves(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs and the earlier stages they need, each folder once, by how many stages come before them."""
+    depth: dict[Path, tuple[int, Job]] = {}
+    for job in jobs:
+        chain = [job]
+        while chain[0].after is not None:
+            chain.insert(0, chain[0].after)
+        for level, stage in enumerate(chain):
+            depth.setdefault(stage.folder, (level, stage))
+    levels = max((level for level, _ in depth.values()), default=0)
+    return [[job for own, job in depth.values() if own == level] for level in range(levels + 1)]
+
+
+def _run_wave(jobs: Sequence[Job], launcher: Any, outcome: SweepOutcome) -> None:
+    """Run jobs whose earlier stages are over; those whose earlier stage failed are not started."""
+    ready = []
+    for job in jobs:
+        if job.after is not None and not job.after.finished:
+            outcome.failed.append((job, f"not started, because it continues from {job.after.name}, which did not end"))
+        else:
+            ready.append(job)
+    if not ready:
+        return
+    returns = launcher.launch([list(job.overrides) for job in ready], initial_job_idx=0)
+    for job, result in zip(ready, returns, strict=True):
         if not isinstance(result.return_value, dict):
             outcome.failed.append((job, result.return_value.message))
             _leave_trace(job, result.return_value)
-    outcome.stopped = stop.requested
-    return outcome
 
 
 @dataclass

@@ -23,7 +23,13 @@ from reprise.training.runfolder import RunFolder, write_atomic
 
 
 def launch(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
-    """Run a configuration with one process per device of this machine and return its test metrics."""
+    """Run a configuration with one process per device of this machine and return its test metrics.
+
+    The earlier stage that it continues from is run first, where it is not finished.
+    """
+    earlier = configuration.earlier_stage(cfg)
+    if earlier is not None:
+        launch(earlier, show_progress=show_progress)
     ranks = local_ranks(cfg)
     if ranks == 1 or "RANK" in os.environ:
         return train(cfg, show_progress=show_progress)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from pytorch_lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -69,6 +69,14 @@ class PaperModule(LightningModule):
             return optimizer
         schedule = _made(self.make_schedule, optimizer, "schedule")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def continue_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what the earlier stage ended with; called before training where the arm has an `after`.
+
+        Args:
+            state: the state dict of the earlier run's module. A stage with another architecture overrides this.
+        """
+        self.load_state_dict(state)
 
     @property
     def passes_per_step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from reprise import config as configuration
 from reprise.data.module import DataModule
-from reprise.errors import ConfigError, InterruptedRunError, RepriseError
+from reprise.errors import CheckpointError, ConfigError, InterruptedRunError, RepriseError
 from reprise.seeding import seed_all
 from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, newest_checkpoint
 from reprise.training.instantiate import instantiate
@@ -81,7 +82,10 @@ def train(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
 
 def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bool) -> dict[str, float]:
     parts = build(cfg)
-    identity = {"paper": cfg.slug, "config_hash": config_hash}
+    earlier = configuration.earlier_stage(cfg)
+    if earlier is not None:
+        parts.module.continue_from(_final_state_of(earlier))
+    identity = _identity(cfg, config_hash)
     found = newest_checkpoint(folder.path / "checkpoints", identity)
     start = found[1] if found else 0
     curves = MetricsFile(folder.path / "metrics.csv")
@@ -102,6 +106,29 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
             parts.module.on_load_checkpoint(content)
             parts.module.load_state_dict(content["state_dict"])
         return _test(trainer, parts, folder, curves, cfg)
+
+
+def _final_state_of(cfg: DictConfig) -> dict[str, torch.Tensor]:
+    """The state dict that a finished run ended with."""
+    folder = configuration.run_dir(cfg)
+    config_hash = configuration.config_hash(cfg)
+    found = newest_checkpoint(folder / "checkpoints", _identity(cfg, config_hash))
+    if found is None or not RunFolder(folder).is_finished(config_hash):
+        raise CheckpointError(
+            f"the earlier stage has not ended: {cfg.slug} {cfg.scale} {cfg.arm} seed {cfg.seed}",
+            looked_at=folder,
+            next_step=f"reprise train {' '.join(map(shlex.quote, _typed(cfg)))}",
+        )
+    return torch.load(found[0], map_location="cpu", weights_only=True)["state_dict"]
+
+
+def _typed(cfg: DictConfig) -> list[str]:
+    smoke = ["smoke=true"] if cfg.smoke else []
+    return [f"experiment={cfg.slug}/{cfg.scale}", f"arm={cfg.arm}", f"seed={cfg.seed}", *smoke]
+
+
+def _identity(cfg: DictConfig, config_hash: str) -> dict[str, str]:
+    return {"paper": cfg.slug, "config_hash": config_hash}
 
 
 def _test(

@@ -44,6 +44,28 @@ def step(optimizer: Optimizer, *, milestones: Sequence[int], gamma: float = 0.1,
     return LambdaLR(optimizer, factor)
 
 
+def noam_rate(number: int, dim: int, warmup_steps: int) -> float:
+    """dim^-0.5 * min(number^-0.5, number * warmup_steps^-1.5) (1706.03762, equation 3); updates are counted from 1.
+
+    0 for `number` 0; without a warm-up dim^-0.5 * number^-0.5.
+    """
+    if number == 0:
+        return 0.0
+    rise = number * warmup_steps**-1.5 if warmup_steps else math.inf
+    return dim**-0.5 * min(number**-0.5, rise)
+
+
+def noam(optimizer: Optimizer, *, dim: int, warmup_steps: int) -> LambdaLR:
+    """The Transformer's schedule: its base rate (the paper: 1) times `noam_rate` for a model of width `dim`."""
+    return LambdaLR(optimizer, lambda step: noam_rate(step + 1, dim, warmup_steps))
+
+
+def cosine_value(step: int, total_steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 to `end` at `total_steps`, e.g. of a momentum or a weight decay."""
+    progress = min(max(step / max(total_steps, 1), 0.0), 1.0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def _after_warmup(shape: Callable[[float], float], total_steps: int, warmup_steps: int) -> Callable[[int], float]:
     span = max(total_steps - warmup_steps, 1)
 

@@ -14,13 +14,13 @@ from reprise.errors import ConfigError
 from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
 from reprise.papers.fedntd.measures import class_hits, forgetting, in_and_out_local
 from reprise.papers.fedntd.model import FedAvgNet
+from reprise.training.distributed import all_reduce_sum
 from reprise.training.federated import (
     ClientTraining,
     FlatModel,
     LocalResult,
     LocalSGD,
     Round,
-    all_reduce_sum,
     channels_last,
 )
 from reprise.training.module import OptimizerFactory, PaperModule, Picture, ScheduleFactory
