@@ -12,6 +12,7 @@ from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from reprise.seeding import seed_all
 from reprise.training.checkpoint import current_step
 from reprise.training.module import PaperModule
 from reprise.training.runfolder import MetricsFile, RunFolder, write_json
@@ -48,24 +49,15 @@ class Reseed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        from reprise.seeding import seed_all
+        trainer.fit_loop.epoch_loop._batches_that_stepped = current_step(trainer)
+        self.reseed(trainer)
 
-        step = current_step(trainer)
-        trainer.fit_loop.epoch_loop._batches_that_stepped = step
-        seed_all(self.seed, "step", step, "rank", trainer.global_rank)
+    def reseed(self, trainer: Trainer) -> None:
+        """Put the generators where the step at hand began."""
+        seed_all(self.seed, "step", current_step(trainer), "rank", trainer.global_rank)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from reprise.seeding import seed_all
-
         seed_all(self.seed, "test", "rank", trainer.global_rank)
-
-
-class LearningRate(Callback):
-    """Logs the learning rate of the first parameter group as `lr`."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.optimizers and (current_step(trainer) + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
 
 
 class ProgressReport(Callback):
@@ -95,7 +87,7 @@ class ProgressReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._written >= 0.5 and trainer.is_global_zero:
+        if time.monotonic() - self._written >= 1.0 and trainer.is_global_zero:
             self._write(current_step(trainer) + 1, "train")
             if self._bar is not None:
                 self._bar.update(self._task, completed=current_step(trainer) + 1)
