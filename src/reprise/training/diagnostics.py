@@ -20,6 +20,8 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from reprise.training.checkpoint import current_step
+from reprise.training.recording import RunLogger
 from reprise.training.runfolder import MetricsFile
 from reprise.training.steps import StepClock, is_logged
 
@@ -146,7 +148,11 @@ class Timing(Callback):
             "data_wait": min((self.clock.data_seconds - self._waited) / seconds, 1.0),
             "memory_bytes": self._peak(),
         }
-        self.file.append(trainer.fit_loop.epoch_loop.batch_progress.current.completed + 1, values)
+        step = current_step(trainer)
+        self.file.append(step + 1, values)
+        for logger in trainer.loggers:
+            if not isinstance(logger, RunLogger):  # the mirrors show both files
+                logger.log_metrics({f"timing/{name}": value for name, value in values.items()}, step)
         self._restart()
 
 

@@ -98,7 +98,7 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
     request = StopRequest()
     progress = ProgressReport(folder, cfg.steps, f"{cfg.slug} {cfg.scale} {cfg.arm} seed {cfg.seed}", show)
     trainer = make_trainer(cfg, folder, identity, curves, request, progress, timing)
-    with request.listening(), contextlib.closing(progress), finished_mirrors(trainer.loggers):
+    with request.listening(), contextlib.closing(progress), finished_mirrors(trainer.loggers) as outcome:
         if start < cfg.steps:
             parts.data.start_step = start
             if cfg.compile:
@@ -109,7 +109,8 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
             content = torch.load(found[0], map_location="cpu", weights_only=True)
             parts.module.on_load_checkpoint(content)
             parts.module.load_state_dict(content["state_dict"])
-        return _test(trainer, parts, folder, curves, cfg)
+        outcome.metrics = _test(trainer, parts, folder, curves, cfg)
+        return dict(outcome.metrics)
 
 
 def _final_state_of(cfg: DictConfig) -> dict[str, torch.Tensor]:
