@@ -32,7 +32,7 @@ class OfflineRun:
             for row in self.history
             if "step" in row
             for name, value in row.items()
-            if not name.startswith(("_", "step", "timing/"))
+            if not name.startswith(("_", "step", "timing/", "pictures/"))
         }
 
 
