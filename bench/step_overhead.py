@@ -1,6 +1,9 @@
 """What the library costs per training step, against a bare PyTorch loop over the same module and the same batches.
 
-Both run in this process, in turns, so that a noisy machine disturbs both alike; the medians' ratio is printed.
+Both do the same work: data, forward, backward, the recipe's gradient clipping, optimizer and schedule. They take turns
+after every single step in one process, so that a noisy machine disturbs both alike. Printed are the ratio of the mean
+steps (without the slowest and fastest twentieth of each), in processor time and on the clock, and the share that the
+diagnostics (gradient norms, timing, guard) take.
     python bench/step_overhead.py [experiment=vit/public ...]
 """
 
@@ -11,74 +14,129 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
+from pytorch_lightning import Callback
 
 from reprise.config import compose
+from reprise.training.diagnostics import GradientNorms, Timing
+from reprise.training.guard import DivergenceGuard
 from reprise.training.interrupt import StopRequest
 from reprise.training.recording import ProgressReport
 from reprise.training.run import Parts, build, make_trainer
 from reprise.training.runfolder import MetricsFile, RunFolder
 
-STEPS, ROUNDS = 40, 5
+STEPS, WARM_UP, TRIMMED = 200, 10, 0.05
+RECIPES = ("experiment=vit/small", "experiment=detr/small")
+Moment = tuple[float, float]
 
 
-def bare_loop(parts: Parts) -> float:
-    """Seconds per step of forward, backward and update, without any of ours."""
-    parts.module.train()
-    parts.module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    configured = parts.module.configure_optimizers()
-    optimizer, schedule = (
-        (configured["optimizer"], configured["lr_scheduler"]["scheduler"])
-        if isinstance(configured, dict)
-        else (configured, None)
-    )
-    began = time.perf_counter()
-    for number, batch in enumerate(parts.data.train_dataloader()):
-        loss = parts.module.training_step(batch, number)
+def now() -> Moment:
+    """Processor time of this process, and the clock."""
+    return time.process_time(), time.perf_counter()
+
+
+def since(moment: Moment) -> Moment:
+    cpu, wall = now()
+    return cpu - moment[0], wall - moment[1]
+
+
+def bare_steps(parts: Parts, cfg: DictConfig) -> Iterator[None]:
+    """One step each time: data, forward, backward, clipping, update and schedule, without any of ours."""
+    module = parts.module.train()
+    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    for number, batch in enumerate(islice(iter(parts.data.train_dataloader()), STEPS)):
         optimizer.zero_grad()
-        loss.backward()
+        module.training_step(batch, number).backward()
+        if cfg.trainer.gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.trainer.gradient_clip_val)
         optimizer.step()
-        if schedule is not None:
-            schedule.step()
-    return (time.perf_counter() - began) / STEPS
+        schedule.step()
+        yield
 
 
-def our_run(parts: Parts, cfg: object, folder: Path) -> float:
-    """Seconds per step of `trainer.fit` with every standard callback, set-up left out."""
-    run = RunFolder(folder)
+class TakeTurns(Callback):
+    """After each of our steps, one of the bare loop."""
+
+    def __init__(self, bare: Iterator[None]) -> None:
+        self.bare = bare
+        self.ours: list[Moment] = []
+        self.others: list[Moment] = []
+        self.began: Moment | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.began is not None:
+            self.ours.append(since(self.began))
+        torch.use_deterministic_algorithms(False)
+        began = now()
+        next(self.bare, None)
+        self.others.append(since(began))
+        torch.use_deterministic_algorithms(True)
+        self.began = now()
+
+
+class Shares:
+    """Adds up the processor time of single hooks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, callback: Callback, *hooks: str) -> None:
+        for hook in hooks:
+            setattr(callback, hook, self._timed(getattr(callback, hook)))
+
+    def _timed(self, call: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
+            began = time.process_time()
+            call(*args)
+            self.seconds += time.process_time() - began
+
+        return timed
+
+
+def measure(overrides: list[str], folder: Path) -> tuple[TakeTurns, float]:
+    """The times of every step, and the seconds that diagnostics took in all."""
+    cfg = compose(overrides)
+    torch.set_num_threads(cfg.threads)
+    parts, run, turns, shares = build(cfg), RunFolder(folder), TakeTurns(bare_steps(build(cfg), cfg)), Shares()
     run.prepare("bench")
-    times: list[float] = []
+    timing = Timing(MetricsFile(folder / "timing.csv"), parts.data.examples_per_step)
     progress = ProgressReport(run, STEPS, "bench", False)
-    trainer = make_trainer(cfg, run, {}, MetricsFile(folder / "metrics.csv"), StopRequest(), progress)  # type: ignore[arg-type]
-    before = progress.on_train_start
-    progress.on_train_start = lambda *args: (before(*args), times.append(time.perf_counter()))[0]  # type: ignore[method-assign]
-    after = progress.on_train_end
-    progress.on_train_end = lambda *args: (times.append(time.perf_counter()), after(*args))[1]  # type: ignore[method-assign]
-    trainer.limit_val_batches = 0
+    trainer = make_trainer(cfg, run, {}, MetricsFile(folder / "metrics.csv"), StopRequest(), progress, timing)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientNorms | DivergenceGuard | Timing):
+            shares.watch(callback, "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+    trainer.callbacks.append(turns)  # type: ignore[attr-defined]
+    trainer.limit_train_batches, trainer.limit_val_batches = STEPS, 0
     trainer.fit(parts.module, datamodule=parts.data)
-    return (times[1] - times[0]) / STEPS
+    return turns, shares.seconds
+
+
+def trimmed_mean(times: list[float]) -> float:
+    cut = int(len(times) * TRIMMED)
+    return statistics.fmean(sorted(times)[cut : len(times) - cut])
 
 
 def main(overrides: list[str]) -> None:
-    cfg = compose([*overrides, f"steps={STEPS}"])
-    OmegaConf.set_struct(cfg, False)
-    torch.set_num_threads(cfg.threads)
-    bare, ours = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(ROUNDS):
-            bare.append(bare_loop(build(cfg)))
-            ours.append(our_run(build(cfg), cfg, Path(folder) / str(turn)))
-    ratio = statistics.median(ours) / statistics.median(bare)
-    medians = [statistics.median(times) * 1e3 for times in (bare, ours)]
-    print(f"{' '.join(overrides)}: bare {medians[0]:.2f} ms, ours {medians[1]:.2f} ms a step")
-    print(
-        f"ratio {ratio:.3f} (spread of the pairs: {min(o / b for o, b in zip(ours, bare, strict=True)):.3f} to "
-        f"{max(o / b for o, b in zip(ours, bare, strict=True)):.3f}); cores: {os.cpu_count()}"
-    )
+        turns, diagnostics = measure(overrides, Path(folder))
+    print(f"{' '.join(overrides)}: {STEPS} steps each, in turns; cores: {os.cpu_count()}")
+    for index, name in enumerate(("processor", "clock")):
+        bare, ours = (
+            trimmed_mean([each[index] for each in times[WARM_UP:]]) * 1e3 for times in (turns.others, turns.ours)
+        )
+        print(f"  {name:<9} bare {bare:.2f} ms, ours {ours:.2f} ms a step: ratio {ours / bare:.3f}")
+    total = sum(cpu for cpu, _ in turns.others) / len(turns.others)
+    print(f"  of which diagnostics {diagnostics / STEPS / total:.2%} of a bare step")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["experiment=detr/small"])
+    for chosen in [sys.argv[1:]] if sys.argv[1:] else [[recipe] for recipe in RECIPES]:
+        main(chosen)

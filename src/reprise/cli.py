@@ -141,10 +141,12 @@ def _conclude(outcome: object) -> None:
     from rich.console import Console
 
     from reprise import paths
+    from reprise.config import compose_job
     from reprise.evidence.panel import render_panel
     from reprise.evidence.report import build_index, build_report
     from reprise.evidence.verdict import make_verdict, write_verdict
     from reprise.training.jobs import SweepOutcome
+    from reprise.training.mirrors import mirror_conclusion
 
     assert isinstance(outcome, SweepOutcome)
     console = Console()
@@ -154,6 +156,8 @@ def _conclude(outcome: object) -> None:
             continue
         verdict = make_verdict(runs, slug, scale)
         write_verdict(verdict, runs)
+        example = next(job for job in outcome.jobs if (job.slug, job.scale) == (slug, scale))
+        mirror_conclusion(compose_job(example.overrides), verdict.model_dump(mode="json"), runs / slug / scale)
         console.print(render_panel(verdict))
         console.print(f"report: {build_report(runs, slug)}")
     build_index(runs)

@@ -234,7 +234,7 @@ def _check_types(resolved: Any) -> None:
 def _refuse_unread(cfg: Any) -> None:
     """A key that nothing reads is an error: it is neither a known key nor named by an interpolation."""
     text = json.dumps(OmegaConf.to_container(cfg, resolve=False))
-    named = set(re.findall(r"\$\{([A-Za-z_][\w.]*)\}", text))
+    named = set(re.findall(r"\$\{([A-Za-z_][\w.]*?)\.?(?=\}|\$\{)", text))  # of ${a.${b}.c}: a and b
     unread = [
         path
         for path in _leaves(OmegaConf.to_container(cfg, resolve=False))

@@ -29,6 +29,9 @@ class GoldenCase:
     inputs: Mapping[str, Tensor]
 
 
+# Tables that a case needs and that lie beside its config, not in it: a tokenizer's merges.
+BESIDE_CONFIG = ("merges",)
+
 # papers/<slug>/parity.py holds ADAPTERS: dict[str, Adapter], one function per kind.
 Adapter = Callable[[GoldenCase], Mapping[str, Tensor]]
 
@@ -63,7 +66,7 @@ def load_case(folder: Path) -> StoredCase:
     case = GoldenCase(
         paper=meta["paper"],
         kind=meta["kind"],
-        config=meta["config"],
+        config={name: meta[name] for name in BESIDE_CONFIG if name in meta} | meta["config"],
         weights=load_file(weights_file) if weights_file.exists() else {},
         inputs={name.removeprefix("in/"): value for name, value in tensors.items() if name.startswith("in/")},
     )

@@ -21,8 +21,17 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 
 def seed_all(seed: int, *purpose: object) -> None:
-    """Seed Python, NumPy and torch (all devices) for one purpose."""
+    """Seed Python, NumPy and torch (the CPU and every device in use) for one purpose.
+
+    `torch.manual_seed` would also queue a call, with a formatted traceback, for each kind of device that is not in use:
+    a millisecond a step, and a queue that grows with the run.
+    """
     value = derive(seed, *purpose)
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    for backend in (torch.cuda, torch.xpu):
+        if backend.is_initialized():
+            backend.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)

@@ -224,3 +224,29 @@ def test_the_papers_table(workshop):
     console = Console(width=200, record=True)
     console.print(table.render(rows))
     assert "supported" in console.export_text()
+
+
+def test_the_report_shows_gradient_norms_and_timing(workshop):
+    workshop.fill(SUPPORTED)
+    folder = workshop.runs / "toy_paper" / "small" / "method" / "seed=0"
+    norms = [
+        f"{step},grad_norm/{part},{9 if (step, part) == (7, 'head') else 1}"
+        for step in range(1, 20)
+        for part in ("body", "head")
+    ]
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("\n".join(norms) + "\n")
+    rows = ["step,metric,value", "10,items_per_second,1500.0", "10,data_wait,0.25", f"10,memory_bytes,{2**28}"]
+    (folder / "timing.csv").write_text("\n".join(rows) + "\n")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    outline(html)
+    table = re.search(r"<h3>Diagnostics</h3>.*?</table>", html, re.DOTALL)[0]
+    for text in ("1.5 k", "25.0 %", "256.0 MiB", "9.0", "head, step 7, seed=0"):
+        assert text in table
+    assert table.count("<tr>") == 2, "only the arm that has diagnostics, under the head"
+    assert "Gradient norms of" in html
+
+
+def test_a_report_of_runs_without_diagnostics_has_no_such_section(workshop):
+    workshop.fill(SUPPORTED)
+    assert "<h3>Diagnostics</h3>" not in build_report(workshop.runs, "toy_paper").read_text()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from reprise.errors import CheckpointError
 from reprise.golden import find_cases, load_case
 from reprise.nn.backbone import ConvStem, ResNetBackbone
+from reprise.nn.detection import pad_images
 from reprise.papers.detr.build import build_detector
 from reprise.papers.detr.model import DETR
 from reprise.papers.detr.module import parameter_groups
-from reprise.papers.detr.parity import ADAPTERS, pad_images
+from reprise.papers.detr.parity import ADAPTERS
 from reprise.papers.detr.segmentation import BoxAttention, DETRSegmentation
 from reprise.papers.detr.transformer import Transformer
 from reprise.papers.detr.weights import import_weights

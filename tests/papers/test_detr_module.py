@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 
 from reprise.data.shapes.dataset import ShapesDetection
+from reprise.nn.detection import padding_of
 from reprise.papers.detr.build import build_detector
 from reprise.papers.detr.criterion import SetCriterion
-from reprise.papers.detr.module import DetrModule, padding_of
+from reprise.papers.detr.module import DetrModule
 from reprise.training.module import PaperModule
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reprise.data import bccd, cifar10
+from reprise.data import bccd, cifar10, wmt14
 from reprise.data.download import Download
 from reprise.errors import DataError
 
@@ -118,6 +118,28 @@ def _check_bccd(root: Path) -> Facts:
     return dict(bccd.COUNTS)
 
 
+def _check_wmt14(root: Path) -> Facts:
+    """At least one pair of languages, its evaluation sets complete and the two sides of each file in step."""
+    pairs = [pair for pair in wmt14.PAIRS if (root / "wmt14" / pair).is_dir()]
+    if not pairs:
+        raise DataError("wmt14 is not there", looked_at=root / "wmt14")
+    facts: Facts = {}
+    for pair in pairs:
+        for split, name in wmt14.NAMES.items():
+            counts = [_count_lines(root / "wmt14" / pair / f"{name}.{language}") for language in pair.split("-")]
+            if counts[0] != counts[1] or counts[0] != wmt14.COUNTS.get(split, counts[0]):
+                raise DataError(f"wmt14: {pair}/{name} has {counts[0]} and {counts[1]} lines", looked_at=root / "wmt14")
+            facts[f"{pair}/{name}"] = counts[0]
+    return facts
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        raise DataError(f"wmt14 lacks {path.name}", looked_at=path)
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 _GITHUB = "https://raw.githubusercontent.com"
 _PLANETOID = f"{_GITHUB}/kimiyoung/planetoid/af6abf468a772cc055bec88c52e4d6f51b7c37e3/data"
 _MULTI30K = f"{_GITHUB}/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
@@ -166,6 +188,13 @@ _SHAKESPEARE_PARTS = (
         f"{_GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
         "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         place="tiny_shakespeare/input.txt",
+    ),
+)
+_CLIP_BPE_PARTS = (
+    Download(
+        f"{_GITHUB}/openai/CLIP/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/clip/bpe_simple_vocab_16e6.txt.gz",
+        "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+        place="clip_bpe/bpe_simple_vocab_16e6.txt.gz",
     ),
 )
 ENTRIES = (
@@ -361,5 +390,71 @@ ENTRIES = (
                 ("annotations/annotations_trainval2017", "f4bbac642086de4f52a3fdda2de5fa2c", "annotations"),
             )
         ),
+    ),
+    DataEntry(
+        name="sequences",
+        what="strings of random symbols to copy, reverse, sort or look up",
+        size="made on demand",
+        licence="Apache-2.0",
+        source="reprise.data.sequences",
+        layout="in memory",
+        check=_always,
+        built_in=True,
+    ),
+    DataEntry(
+        name="wmt14",
+        what="WMT 2014 translation: about 4.5 million English-German and 36 million English-French sentence pairs",
+        size="1.5 GB (en-de), 11 GB (en-fr)",
+        licence="terms of the corpora (research)",
+        source="https://www.statmt.org/wmt14/translation-task.html",
+        layout="wmt14/{en-de,en-fr}/{train,newstest2013,newstest2014}.{en,de|fr}, one sentence a line",
+        check=_check_wmt14,
+        instructions="from https://www.statmt.org/wmt14/translation-task.html download Europarl v7, Common Crawl and "
+        "News Commentary (en-fr: also the UN corpus and the 10^9 corpus), concatenate them in the same order to "
+        "<data root>/wmt14/en-de/train.en and train.de, drop pairs with an empty side, and put newstest2013 (dev.tgz) "
+        "and the full newstest2014 (test-full.tgz), without their SGML tags, beside them; for French so in en-fr/",
+    ),
+    DataEntry(
+        name="clip_bpe",
+        what="the byte-pair merges of the released CLIP models (48,894 of them are used)",
+        size="1.4 MB",
+        licence="MIT",
+        source="https://github.com/openai/CLIP; also in the wheel of open_clip_torch on PyPI",
+        layout="clip_bpe/bpe_simple_vocab_16e6.txt.gz",
+        check=_checksums("clip_bpe", _CLIP_BPE_PARTS),
+        downloads=_CLIP_BPE_PARTS,
+    ),
+    DataEntry(
+        name="image_text",
+        what="pictures with captions of your own, in place of WIT (400 million pairs, never released)",
+        size="as you like; CC3M is about 100 GB",
+        licence="that of the pairs",
+        source="e.g. Conceptual Captions (https://ai.google.com/research/ConceptualCaptions)",
+        layout="image_text/{images/..., captions.tsv (file, caption)}",
+        check=_expect("image_text", {"captions.tsv": 1, "images": 1}),
+        instructions="put pictures below <data root>/image_text/images and a tab-separated table with the columns file "
+        "and caption at <data root>/image_text/captions.tsv; zero-shot tests also need imagenet/val and clip_bpe",
+    ),
+    DataEntry(
+        name="glyphs",
+        what="rendered signs of curved strokes, in as many classes and hands as wanted",
+        size="rendered on demand (3 MB)",
+        licence="Apache-2.0",
+        source="reprise.data.glyphs",
+        layout="<cache>/glyphs/",
+        check=_always,
+        built_in=True,
+    ),
+    DataEntry(
+        name="mini_imagenet",
+        what="few-shot photographs: 64 base, 16 validation and 20 novel classes of ImageNet, 600 images each",
+        size="5 GB at 480x480 pixels",
+        licence="ImageNet terms of access (research)",
+        source="Vinyals et al. 2016, split of Ravi and Larochelle 2017",
+        layout="mini_imagenet/{train,val,test}/<class>/*",
+        check=_expect("mini_imagenet", {"train/*": 64, "val/*": 16, "test/*": 20}),
+        instructions="get ILSVRC 2012 from image-net.org and the lists of Ravi and Larochelle "
+        "(https://github.com/twitter-research/meta-learning-lstm, data/miniImagenet); copy the listed images to "
+        "<data root>/mini_imagenet/{train,val,test}/<class>/",
     ),
 )

@@ -120,12 +120,15 @@ class StepLoader:
         for step in range(self.start, self.steps):
             yield self.batch(step)
 
+    def indices(self, step: int) -> Tensor:
+        """Items of the global batch of `step`, int64 [batch_size]."""
+        return step_indices(len(self.source), self.batch_size, self.seed, step)
+
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of `step`."""
         part = self.batch_size // self.world
         mine = slice(self.rank * part, (self.rank + 1) * part)
-        index = step_indices(len(self.source), self.batch_size, self.seed, step)
-        batch = self.source.fetch(index[mine])
+        batch = self.source.fetch(self.indices(step)[mine])
         if self.transform is None:
             return batch
         params = self.transform.draw(self.batch_size, generator(self.seed, "augment", step))

@@ -103,6 +103,22 @@ def curve_figure(arms: Mapping[str, Sequence[Curves]], metric: str, key: str = "
     )
 
 
+def lines_figure(lines: Mapping[str, Sequence[tuple[int, float]]], description: str, key: str = "") -> str:
+    """Positive values over the steps on a logarithmic scale, one line a name; peaks stay whole.
+
+    `key` tells this figure from others on its page.
+    """
+    figure, axes = _new_figure(9.4, 2.9)
+    for index, points in enumerate(lines.values()):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, color=series_colour(index), linewidth=1.2, linestyle=_matplotlib_dashes(index))
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.margins(x=0.01)
+    return _svg(figure, f"{description}; the numbers are in metrics.csv", key)
+
+
 def contrast_figure(contrast: ContrastResult, key: str = "") -> str:
     """A strip: every seed's difference as a dot, the mean with its 95 % interval, zero, and the claimed side.
 

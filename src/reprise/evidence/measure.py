@@ -18,6 +18,9 @@ from reprise.training.module import PaperModule
 
 Batch = Mapping[str, Any]
 
+# What code that looks at values raises on meta tensors.
+NO_VALUES = (RuntimeError, TypeError)
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -126,7 +129,7 @@ def _optimizer_bytes(module: PaperModule, trained: list[nn.Parameter]) -> int:
         optimizer.step()
         tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         return sum(map(_bytes, tensors))
-    except Exception:
+    except NO_VALUES:
         return 2 * sum(map(_bytes, trained))
     finally:
         module.zero_grad(set_to_none=True)

@@ -232,7 +232,7 @@ def _memory(build: Callable[[], Built], batch_size: int) -> MemoryEstimate:
     try:
         with torch.device("meta"):
             return estimate(batch_size)
-    except Exception:
+    except measure.NO_VALUES:
         one = estimate(1)
         return MemoryEstimate(one.parameters, one.gradients, one.optimizer, one.activations * batch_size)
 
@@ -242,7 +242,7 @@ def _on_meta_or_cpu(work: Callable[[], T]) -> T:
     try:
         with torch.device("meta"):
             return work()
-    except Exception:
+    except measure.NO_VALUES:
         return work()
 
 

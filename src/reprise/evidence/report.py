@@ -13,6 +13,7 @@ from reprise.errors import ConfigError
 from reprise.evidence import figures, formatting
 from reprise.evidence.cards import Card, load_card
 from reprise.evidence.claims import load_claim
+from reprise.evidence.diagnostics import ArmDiagnostics, diagnose
 from reprise.evidence.files import write_text
 from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
 from reprise.evidence.verdict import ContrastResult, Verdict, judge
@@ -52,6 +53,7 @@ class ScaleSection:
     legend: list[tuple[str, str]]
     curves: list[Curve]
     images: list[Image]
+    diagnostics: list[ArmDiagnostics]
     runs: list[RunRecord]
     repeat: list[str]
     tuning: str
@@ -135,6 +137,7 @@ def _section(runs_dir: Path, slug: str, label: str, card: Card) -> ScaleSection:
         legend=[(figures.legend_swatch(index), arm.label) for index, arm in enumerate(claim.arms.values())],
         curves=[Curve(metric, figures.curve_figure(by_arm, metric, label)) for metric in metrics],
         images=_images(finished, {name: arm.label for name, arm in claim.arms.items()}),
+        diagnostics=_diagnostics(finished, {name: arm.label for name, arm in claim.arms.items()}, label),
         runs=runs,
         repeat=_repeat(verdict, finished),
         tuning=claim.tuning,
@@ -151,6 +154,13 @@ def _images(finished: Sequence[RunRecord], labels: dict[str, str]) -> list[Image
                 source = f"data:image/png;base64,{data}"
                 images.append(Image(picture.name, picture.caption, label, run.folder.name, source))
     return images
+
+
+def _diagnostics(finished: Sequence[RunRecord], labels: dict[str, str], scale: str) -> list[ArmDiagnostics]:
+    found = [
+        diagnose([run for run in finished if run.arm == arm], label, f"{scale}/{arm}") for arm, label in labels.items()
+    ]
+    return [each for each in found if each is not None]
 
 
 def _repeat(verdict: Verdict, finished: Sequence[RunRecord]) -> list[str]:
@@ -196,6 +206,8 @@ def _environment() -> Environment:
         "signed": formatting.signed,
         "interval": formatting.interval,
         "duration": formatting.duration,
+        "size": formatting.size,
+        "count": formatting.count,
     }
     environment.globals |= {"symbols": SYMBOLS}
     return environment

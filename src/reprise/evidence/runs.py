@@ -71,9 +71,16 @@ class RunRecord:
 
     def curves(self) -> Curves:
         """Metric -> (step, value) in file order; a torn last line is left out."""
+        return self._table("metrics.csv")
+
+    def timing(self) -> Curves:
+        """The same of what depends on the clock and the machine (throughput, waiting for data, memory)."""
+        return self._table("timing.csv")
+
+    def _table(self, name: str) -> Curves:
         curves: Curves = {}
         try:
-            with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            with (self.folder / name).open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
                     point = _point(row)
                     if point is not None:

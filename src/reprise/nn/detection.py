@@ -37,6 +37,32 @@ def set_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, *, override_emp
     return [{"boxes": box[kept], "scores": score[kept], "labels": label[kept]} for box, score, label, kept in rows]
 
 
+def top_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, *, most: int = 100) -> list[Detection]:
+    """The best of all (query, class) pairs by sigmoid score, descending; one query can give several detections.
+
+    For classifiers without a "no object" output, trained with a loss per class (Deformable DETR, 2010.04159).
+
+    Args:
+        logits: [B, Q, C].
+        boxes: [B, Q, 4] cxcywh in [0, 1].
+        sizes: int64 [B, 2] (height, width) that the boxes are scaled to.
+        most: detections an image (fewer where there are not so many pairs).
+    """
+    classes = logits.shape[-1]
+    probability = logits.sigmoid().flatten(1)
+    scores, pair = probability.topk(min(most, probability.shape[1]), dim=1)
+    query = pair.div(classes, rounding_mode="floor")
+    corners = cxcywh_to_xyxy(boxes).gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
+    rows = zip(scale_to_pixels(corners, sizes), scores, pair % classes, strict=True)
+    return [{"boxes": box, "scores": score, "labels": label} for box, score, label in rows]
+
+
+def of_classes(detection: Detection, classes: Tensor) -> Detection:
+    """The part of a detection (or of ground truth) whose labels are among `classes`, int64 [K]."""
+    kept = torch.isin(detection["labels"], classes)
+    return {name: value[kept] for name, value in detection.items()}
+
+
 def ground_truth(targets: Sequence[Mapping[str, Any]], sizes: Tensor) -> list[Detection]:
     """Targets (cxcywh, relative) in pixels, in the form that `MeanAveragePrecision` takes.
 
@@ -50,6 +76,28 @@ def ground_truth(targets: Sequence[Mapping[str, Any]], sizes: Tensor) -> list[De
         boxes = scale_to_pixels(cxcywh_to_xyxy(target["boxes"]), size)
         truth.append({"boxes": boxes, "labels": target["labels"], **optional})
     return truth
+
+
+def padding_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """The padding mask of a batch, None when nothing is padded (then attention needs no mask)."""
+    mask: Tensor = batch["mask"]
+    return mask if bool(mask.any()) else None
+
+
+def evaluation_sizes(batch: Mapping[str, Any]) -> Tensor:
+    """(height, width) that each image is evaluated at: its own before any resizing where known; int64 [B, 2]."""
+    return torch.stack([target.get("orig_size", target["size"]) for target in batch["targets"]])
+
+
+def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Images [3, h, w] of unequal sizes to [B, 3, H, W] padded at the bottom and right, and the padding mask."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    batch = torch.zeros(len(images), 3, height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    for row, image in enumerate(images):
+        batch[row, :, : image.shape[1], : image.shape[2]] = image
+        mask[row, : image.shape[1], : image.shape[2]] = False
+    return batch, mask
 
 
 def suppress(detection: Detection, iou: float = 0.5) -> Detection:

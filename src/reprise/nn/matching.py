@@ -59,7 +59,7 @@ def matching_cost(
     The probability itself is used, not its logarithm, so that the class term has the scale of the box terms.
 
     Args:
-        probability: [..., B, Q, C] class probabilities.
+        probability: [..., B, Q, C] class probabilities, or another score of each class (minus a focal cost).
         boxes: [..., B, Q, 4] cxcywh.
 
     Returns:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,16 +17,18 @@ def sine_position_2d(
     temperature: float = 10000.0,
     normalize: bool = True,
     scale: float = 2 * math.pi,
+    shift: float = 0.0,
 ) -> Tensor:
     """Sines and cosines of the row and column among the valid cells.
 
-    Rows and columns are counted from 1 over valid cells; with `normalize` the count is divided by the last one
-    (+ 1e-6) and multiplied by `scale`. Channel 2k is sin(p / T^(2k / num_feats)) and 2k + 1 the cosine; the first
+    Rows and columns are counted from 1 over valid cells; with `normalize` the count less `shift` is divided by the last
+    one (+ 1e-6) and multiplied by `scale`. Channel 2k is sin(p / T^(2k / num_feats)) and 2k + 1 the cosine; the first
     `num_feats` channels are of the row (y), the rest of the column (x).
 
     Args:
         mask: bool [B, H, W], True where a cell is padding.
         num_feats: channels per axis.
+        shift: 0 in DETR; 0.5 in Deformable DETR (2010.04159), whose cells are encoded at their centres.
 
     Returns:
         float32 [B, 2 * num_feats, H, W].
@@ -33,8 +37,8 @@ def sine_position_2d(
     row = valid.cumsum(1).float()
     column = valid.cumsum(2).float()
     if normalize:
-        row = row / (row[:, -1:, :] + 1e-6) * scale
-        column = column / (column[:, :, -1:] + 1e-6) * scale
+        row = (row - shift) / (row[:, -1:, :] + 1e-6) * scale
+        column = (column - shift) / (column[:, :, -1:] + 1e-6) * scale
     index = torch.arange(num_feats, dtype=torch.float32, device=mask.device)
     period = temperature ** (2 * index.div(2, rounding_mode="floor") / num_feats)
     encoded = [_interleave(axis.unsqueeze(-1) / period) for axis in (row, column)]
@@ -53,12 +57,16 @@ class SinePosition2d(nn.Module):
         num_feats: channels per axis (half the model width).
     """
 
-    def __init__(self, num_feats: int, *, temperature: float = 10000.0, normalize: bool = True) -> None:
+    def __init__(
+        self, num_feats: int, *, temperature: float = 10000.0, normalize: bool = True, shift: float = 0.0
+    ) -> None:
         super().__init__()
-        self.num_feats, self.temperature, self.normalize = num_feats, temperature, normalize
+        self.num_feats, self.temperature, self.normalize, self.shift = num_feats, temperature, normalize, shift
 
     def forward(self, mask: Tensor) -> Tensor:
-        return sine_position_2d(mask, self.num_feats, temperature=self.temperature, normalize=self.normalize)
+        return sine_position_2d(
+            mask, self.num_feats, temperature=self.temperature, normalize=self.normalize, shift=self.shift
+        )
 
 
 class LearnedPosition2d(nn.Module):
@@ -88,3 +96,8 @@ class LearnedPosition2d(nn.Module):
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height].unsqueeze(1).expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+
+
+def downsample_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Padding mask at another resolution by nearest interpolation, bool [B, H0, W0] to [B, *size]."""
+    return F.interpolate(mask.unsqueeze(1).float(), size=tuple(size)).squeeze(1).bool()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
+# Hooks in which Lightning logs for the step and not for the epoch, unless it is told otherwise.
+STEP_HOOKS = frozenset(
+    {"training_step", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_start"}
+)
+
+
+class StepLog(Protocol):
+    """Where the values of a training step go; `is_wanted` says whether this step's are."""
+
+    is_wanted: bool
+
+    def add(self, name: str, value: float | Tensor, *, sync_dist: bool) -> None: ...
 
 
 @runtime_checkable
@@ -51,6 +64,7 @@ class PaperModule(LightningModule):
         super().__init__()
         self.make_optimizer = optimizer
         self.make_schedule = schedule
+        self.step_log: StepLog | None = None
 
     @property
     def data(self) -> DataModule:
@@ -69,6 +83,18 @@ class PaperModule(LightningModule):
             return optimizer
         schedule = _made(self.make_schedule, optimizer, "schedule")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Lightning's; but in a run the values of a training step go to `step_log`, which drops what nobody sees."""
+        of_step = self._current_fx_name in STEP_HOOKS and not options.get("on_epoch")
+        if self.step_log is None or args or not of_step or not isinstance(value, Tensor | int | float):
+            super().log(name, value, *args, **options)
+        elif self.step_log.is_wanted:
+            self.step_log.add(name, value, sync_dist=options.get("sync_dist", False))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch as it is on the CPU, where batches are made; Lightning would look at every tensor of it."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def continue_from(self, state: Mapping[str, Tensor]) -> None:
         """Take over what the earlier stage ended with; called before training where the arm has an `after`.

@@ -9,9 +9,11 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from reprise.seeding import seed_all
 from reprise.training.checkpoint import current_step
 from reprise.training.module import PaperModule
 from reprise.training.runfolder import MetricsFile, RunFolder, write_json
@@ -35,6 +37,7 @@ class RunLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: config.yaml holds the whole configuration."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         kept = {name: value for name, value in metrics.items() if name != "epoch" and not name.startswith("test/")}
         if kept:
@@ -48,24 +51,15 @@ class Reseed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        from reprise.seeding import seed_all
+        trainer.fit_loop.epoch_loop._batches_that_stepped = current_step(trainer)
+        self.reseed(trainer)
 
-        step = current_step(trainer)
-        trainer.fit_loop.epoch_loop._batches_that_stepped = step
-        seed_all(self.seed, "step", step, "rank", trainer.global_rank)
+    def reseed(self, trainer: Trainer) -> None:
+        """Put the generators where the step at hand began."""
+        seed_all(self.seed, "step", current_step(trainer), "rank", trainer.global_rank)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from reprise.seeding import seed_all
-
         seed_all(self.seed, "test", "rank", trainer.global_rank)
-
-
-class LearningRate(Callback):
-    """Logs the learning rate of the first parameter group as `lr`."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.optimizers and (current_step(trainer) + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
 
 
 class ProgressReport(Callback):
@@ -95,7 +89,7 @@ class ProgressReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._written >= 0.5 and trainer.is_global_zero:
+        if time.monotonic() - self._written >= 1.0 and trainer.is_global_zero:
             self._write(current_step(trainer) + 1, "train")
             if self._bar is not None:
                 self._bar.update(self._task, completed=current_step(trainer) + 1)

@@ -28,6 +28,15 @@ def cosine(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, fin
     return LambdaLR(optimizer, _after_warmup(shape, total_steps, warmup_steps))
 
 
+def epoch_cosine(optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> LambdaLR:
+    """Half a cosine from 1 that moves only at the start of an epoch, so that it never reaches 0."""
+
+    def factor(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) * steps_per_epoch / total_steps))
+
+    return LambdaLR(optimizer, factor)
+
+
 def linear(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> LambdaLR:
     """A straight line from 1 to `final_factor` over the steps after the warm-up, times the warm-up factor."""
     return LambdaLR(

@@ -1,15 +1,31 @@
-"""W&B as a mirror of the run folder: grouped by paper and scale, job type = arm, offline without a key."""
+"""W&B as a mirror of the run folder: grouped by paper and scale, job type = arm, offline without a key.
+
+W&B is never the only place of a number, and never a reason to stop: where it fails, the run goes on without it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import netrc
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from reprise.training.runfolder import RunFolder
+
+INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0
+SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+HIDDEN = "[hidden]"
+CONTRAST_COLUMNS = ("contrast", "claimed", "difference", "ci_low", "ci_high", "p", "seeds", "verdict")
 
 
 def has_key() -> bool:
@@ -23,31 +39,186 @@ def has_key() -> bool:
         return False
 
 
-def make_logger(
-    *,
-    project: str,
-    entity: str | None,
-    tags: Sequence[str],
-    save_dir: str,
-    run_config: Mapping[str, Any],
-) -> WandbLogger:
-    """A logger whose run is named and grouped like the run folder; offline (and saying so) when no key is set.
+def without_secrets(value: Any, name: str = "") -> Any:
+    """The same configuration with values under secret-looking keys, and credentials in addresses, hidden."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(each, str(key)) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(each, name) for each in value]
+    if isinstance(value, str):
+        return HIDDEN if SECRET.search(name) else CREDENTIALS.sub(f"{HIDDEN}@", value)
+    return value
+
+
+class WandbMirror(Logger):
+    """One W&B run a training run; it begins with the first value, and the same run goes on after a resume.
 
     Args:
-        save_dir: the run folder.
+        project, entity: where on W&B.
+        tags: beside the paper and the scale.
+        save_dir: the run folder; offline files lie in its `wandb/`.
         run_config: the resolved configuration, which becomes the run's config.
+        scale: the scale as the run folder names it (a variant or a smoke run is a group of its own).
     """
-    offline = not has_key() or os.environ.get("WANDB_MODE") == "offline"
-    if offline and os.environ.get("RANK", "0") == "0":
-        print("wandb: no key is set, so this run is kept offline; `wandb sync` uploads it later", file=sys.stderr)
-    return WandbLogger(
-        project=project,
-        entity=entity,
-        offline=offline,
-        save_dir=save_dir,
-        name=f"{run_config['arm']} seed={run_config['seed']}",
-        group=f"{run_config['slug']}/{run_config['scale']}",
-        job_type=str(run_config["arm"]),
-        tags=[str(run_config["slug"]), str(run_config["scale"]), *tags],
-        config=dict(run_config),
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        tags: Sequence[str],
+        save_dir: str,
+        run_config: Mapping[str, Any],
+        scale: str,
+    ) -> None:
+        super().__init__()
+        self.folder = RunFolder(Path(save_dir))
+        slug, arm = str(run_config["slug"]), str(run_config["arm"])
+        self._options = {
+            "project": project,
+            "entity": entity,
+            "name": f"{arm} seed={run_config['seed']}",
+            "group": f"{slug}/{scale}",
+            "job_type": arm,
+            "tags": list(dict.fromkeys([slug, scale, *tags])),
+            "config": without_secrets(run_config),
+            "dir": save_dir,
+            "resume": "allow",
+        }
+        self._run: Any = None
+        self._is_closed = False
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config is set when it begins."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        kept = {name: value for name, value in metrics.items() if name != "epoch" and not name.startswith("test/")}
+        if kept and not self._is_closed:
+            with self._sparing_the_run():
+                self._started().log({**kept, "step": (step or 0) + 1})
+
+    @rank_zero_only
+    def close(self, metrics: Mapping[str, float] | None) -> None:
+        """End the run: with its results and pictures, or (None) as failed."""
+        if metrics is None and self._run is None:
+            return
+        with self._sparing_the_run():
+            if metrics is not None and not self._is_closed:
+                run = self._started()
+                run.summary.update({**metrics, "status": "finished"})
+                self._send_pictures(run)
+        with self._sparing_the_run():
+            if self._run is not None:
+                self._run.finish(exit_code=0 if metrics is not None else 1)
+        self._is_closed = True
+
+    def _started(self) -> Any:
+        if self._run is None:
+            known = self.folder.read("run.json") or {}
+            facts = f"{self.folder.path.resolve()} {known.get('config_hash')} {known.get('started')}"
+            self._run = start(id=hashlib.sha256(facts.encode()).hexdigest()[:16], **self._options)
+            self._run.define_metric("*", step_metric="step")
+        return self._run
+
+    def _send_pictures(self, run: Any) -> None:
+        import wandb
+
+        listed = self.folder.path / "pictures" / "pictures.json"
+        entries: Any = self.folder.read("pictures/pictures.json")
+        images = {
+            f"pictures/{entry['name']}": wandb.Image(str(listed.with_name(entry["file"])), caption=entry["caption"])
+            for entry in entries or []
+        }
+        if images:
+            run.log(images)
+
+    @contextmanager
+    def _sparing_the_run(self) -> Iterator[None]:
+        """An error of W&B is told once and ends the mirror; training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_closed:
+                tell(f"the mirror stops here ({type(error).__name__}: {error}); the run folder has everything")
+            self._is_closed = True
+
+
+def start(**options: Any) -> Any:
+    """A W&B run of its own, online where there is a key and the server answers, else offline."""
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=False,
     )
+    mode = "offline" if not has_key() else os.environ.get("WANDB_MODE", "online")
+    if mode == "offline":
+        tell("this run is kept offline (no key, or WANDB_MODE=offline); `wandb sync` uploads it later")
+        return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
+    try:
+        return wandb.init(mode=mode, reinit="create_new", settings=settings, **options)  # type: ignore[arg-type]
+    except wandb.Error as error:
+        tell(f"the server cannot be used ({error}), so this run is kept offline; `wandb sync` uploads it later")
+        return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
+
+
+def tell(text: str) -> None:
+    """A line for the user."""
+    print(f"wandb: {text}", file=sys.stderr)
+
+
+def mirror_verdict(
+    verdict: Mapping[str, Any], folder: Path, *, project: str, entity: str | None, tags: Sequence[str]
+) -> None:
+    """The verdict as the summary run of its group: job type `verdict`, a table of contrasts and one of arms.
+
+    Args:
+        verdict: the content of verdict.json.
+        folder: `runs/<paper>/<scale>`.
+    """
+    import wandb
+
+    slug, scale, primary = str(verdict["paper"]), str(verdict["scale"]), verdict["primary"]
+    try:
+        run = start(
+            project=project,
+            entity=entity,
+            name=f"verdict {slug}/{scale}",
+            group=f"{slug}/{scale}",
+            job_type="verdict",
+            tags=[slug, scale, "verdict", *tags],
+            config={"paper": slug, "scale": scale, "statement": verdict["statement"]},
+            dir=str(folder),
+        )
+        run.log({"contrasts": wandb.Table(columns=list(CONTRAST_COLUMNS), data=contrast_rows(verdict))})
+        low, high = primary["ci"] or (None, None)
+        facts = {"verdict": verdict["verdict"], "reason": verdict["reason"], "difference": primary["mean"]}
+        run.summary.update({**facts, "ci_low": low, "ci_high": high, "p": primary["p"], "seeds": primary["n"]})
+        run.finish()
+    except Exception as error:
+        tell(f"the verdict is not mirrored ({type(error).__name__}: {error}); it stands in {folder / 'verdict.json'}")
+
+
+def contrast_rows(verdict: Mapping[str, Any]) -> list[list[Any]]:
+    """A row a contrast, as `CONTRAST_COLUMNS` names them."""
+    rows = []
+    for contrast in [verdict["primary"], *verdict["secondary"]]:
+        low, high = contrast["ci"] or (None, None)
+        claimed = f"{'>' if contrast['direction'] == 'higher' else '<'} {contrast['margin']}"
+        values = [contrast["name"], claimed, contrast["mean"], low, high, contrast["p"], contrast["n"]]
+        rows.append([*values, contrast["verdict"]])
+    return rows

@@ -13,6 +13,7 @@ from reprise import config as configuration
 from reprise import discovery
 from reprise.errors import CheckpointError, ConfigError
 from reprise.training.instantiate import instantiate
+from reprise.training.torchscript import is_torchscript, read_torchscript
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,7 @@ READABLE = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".safetensors")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official file by their own names: `.pth`/`.pt` (tensors only), `.npz` or `.safetensors`.
+    """The tensors of an official file by their own names: `.pth`/`.pt` (tensors, TorchScript), `.npz`, `.safetensors`.
 
     A dictionary under `model`, `state_dict` or `params` is opened.
 
@@ -56,6 +57,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"unknown kind of weights file {path.suffix!r}", looked_at=path, next_step=f"use {READABLE}"
         )
+    if is_torchscript(path):
+        return read_torchscript(path)
     content: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict", "params"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

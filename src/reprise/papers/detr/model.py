@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reprise.nn.backbone import ConvStem, ResNetBackbone
-from reprise.nn.position import LearnedPosition2d, SinePosition2d
+from reprise.nn.mlp import MLP
+from reprise.nn.position import LearnedPosition2d, SinePosition2d, downsample_mask
 from reprise.papers.detr.transformer import Transformer
 
 
@@ -41,23 +40,6 @@ class DetrOutput(NamedTuple):
     features: list[Tensor]
     padding: Tensor | None
     position: Tensor
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them.
-
-    Args:
-        sizes: widths of input, hidden layers and output.
-    """
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = torch.relu(layer(x))
-        return self.layers[-1](x)
 
 
 class DETR(nn.Module):
@@ -148,8 +130,3 @@ def recorded_attention(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def downsample_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Padding mask at another resolution by nearest interpolation, bool [B, H0, W0] to [B, *size]."""
-    return F.interpolate(mask.unsqueeze(1).float(), size=tuple(size)).squeeze(1).bool()

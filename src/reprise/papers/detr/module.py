@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reprise.data.loader import Batch
 from reprise.nn.backbone import ResNetBackbone
-from reprise.nn.detection import AveragePrecision, Detection, DetectionScores, ground_truth, set_detections
+from reprise.nn.detection import (
+    AveragePrecision,
+    Detection,
+    DetectionScores,
+    evaluation_sizes,
+    ground_truth,
+    padding_of,
+    set_detections,
+)
 from reprise.papers.detr.criterion import SetCriterion
 from reprise.papers.detr.model import DETR, DetrOutput
 from reprise.papers.detr.segmentation import DETRSegmentation
@@ -109,7 +116,7 @@ class DetrModule(PaperModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self(batch["image"], padding_of(batch))
-        self.val_ap.update(self._detections(output, batch)[-1], ground_truth(batch["targets"], _sizes(batch)))
+        self.val_ap.update(self._detections(output, batch)[-1], ground_truth(batch["targets"], evaluation_sizes(batch)))
 
     def on_validation_epoch_end(self) -> None:
         found = self.val_ap.compute()
@@ -118,7 +125,7 @@ class DetrModule(PaperModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         output = self(batch["image"], padding_of(batch))
-        truth = ground_truth(batch["targets"], _sizes(batch))
+        truth = ground_truth(batch["targets"], evaluation_sizes(batch))
         for scores, detections in zip(self.test_scores, self._detections(output, batch), strict=True):
             scores.update(detections, truth)
 
@@ -134,7 +141,7 @@ class DetrModule(PaperModule):
 
     def _detections(self, output: DetrOutput, batch: Batch) -> list[list[Detection]]:
         """Detections of every decoder layer."""
-        sizes = _sizes(batch)
+        sizes = evaluation_sizes(batch)
         layers: Sequence[tuple[Tensor, Tensor]] = list(zip(output.logits, output.boxes, strict=True))
         return [set_detections(*layer, sizes, override_empty=self.override_empty) for layer in layers]
 
@@ -142,14 +149,3 @@ class DetrModule(PaperModule):
         from reprise.papers.detr.pictures import pictures
 
         return pictures(self)
-
-
-def padding_of(batch: Batch) -> Tensor | None:
-    """The padding mask of a batch, None when nothing is padded (then attention needs no mask)."""
-    mask = batch["mask"]
-    return mask if bool(mask.any()) else None
-
-
-def _sizes(batch: Batch) -> Tensor:
-    """(height, width) that each image is evaluated at: its own before any resizing where known; int64 [B, 2]."""
-    return torch.stack([target.get("orig_size", target["size"]) for target in batch["targets"]])

@@ -12,7 +12,7 @@ from torch import Tensor
 from reprise.golden import Adapter, GoldenCase
 from reprise.nn.backbone import ResNetBackbone
 from reprise.nn.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou, xyxy_to_cxcywh
-from reprise.nn.detection import set_detections
+from reprise.nn.detection import pad_images, set_detections
 from reprise.nn.matching import match, matching_cost, pad_targets
 from reprise.nn.position import LearnedPosition2d, sine_position_2d
 from reprise.papers.detr.criterion import SetCriterion, SetLoss, dice_loss, focal_loss
@@ -196,17 +196,6 @@ def build_detr(config: Mapping[str, Any]) -> DETR:
         num_queries=config["num_queries"],
         position="learned" if config["position_embedding"] in ("learned", "v3") else "sine",
     )
-
-
-def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Images [3, h, w] of unequal sizes to [B, 3, H, W] padded at the bottom and right, and the padding mask."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for row, image in enumerate(images):
-        batch[row, :, : image.shape[1], : image.shape[2]] = image
-        mask[row, : image.shape[1], : image.shape[2]] = False
-    return batch, mask
 
 
 def _criterion(config: Mapping[str, Any]) -> SetCriterion:

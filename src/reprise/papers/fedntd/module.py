@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from reprise.data.federated import Federated
 from reprise.data.loader import Batch, EvalLoader
 from reprise.errors import ConfigError
 from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
@@ -173,7 +174,7 @@ class FederatedClassifier(PaperModule):
         """The local models' class-wise accuracy on all validation items: plain, in-local and out-local means."""
         if not self.local_every or (int(self.finished_rounds) + 1) % self.local_every:
             return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.data
         total = self.local_measures.new_zeros(3)
         for result, client in zip(results, batch["local"], strict=True):
             hits, items = torch.zeros_like(self.items), torch.zeros_like(self.items)
@@ -238,8 +239,9 @@ class FederatedClassifier(PaperModule):
     def pictures(self) -> Iterator[Picture]:
         from reprise.papers.fedntd import pictures  # matplotlib
 
-        spec = self.trainer.datamodule.spec  # type: ignore[attr-defined]
-        yield pictures.partition(self.trainer.datamodule.counts(), spec.classes)  # type: ignore[attr-defined]
+        assert isinstance(self.data, Federated)
+        spec = self.data.spec
+        yield pictures.partition(self.data.counts(), spec.classes)
         yield pictures.class_history(self.class_history.cpu(), spec.classes)
         yield pictures.accuracy_history(self.class_history.cpu())
 

@@ -1,0 +1,150 @@
+"""Batch norm whose statistics do not depend on how a batch is spread over processes: shared by all, or per group.
+
+Both work on every device and backend (torch's own SyncBatchNorm is for GPUs only) and keep `nn.BatchNorm2d`'s names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+
+class SyncBatchNorm(nn.modules.batchnorm._NormBase):
+    """Batch norm over the rows of all ranks, [N, C] or [N, C, ...]; with one rank, ordinary batch norm.
+
+    The gradient flows through the statistics of all ranks. Every rank must hold equally many rows.
+    """
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Normalised over every dimension but the second.
+
+        Raises:
+            ValueError: `value` has fewer than two dimensions.
+        """
+        if value.dim() < 2:
+            raise ValueError(f"expected [N, C, ...], not {value.dim()} dimension(s)")
+        if not self.training or _ranks() == 1:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            if self.training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            return F.batch_norm(
+                value, self.running_mean, self.running_var, self.weight, self.bias, self.training, _rate(self), self.eps
+            )
+        return self._over_all_ranks(value)
+
+    def _over_all_ranks(self, value: Tensor) -> Tensor:
+        reduced = [dim for dim in range(value.dim()) if dim != 1]
+        shape = [1, -1] + [1] * (value.dim() - 2)
+        count = value.numel() // value.shape[1] * _ranks()
+        mean = _SumOverRanks.apply(value.sum(reduced)) / count
+        centred = value - mean.view(shape)
+        variance = _SumOverRanks.apply(centred.square().sum(reduced)) / count
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.running_mean.lerp_(mean, _rate(self))
+            self.running_var.lerp_(variance * count / max(count - 1, 1), _rate(self))
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.weight is None:
+            return normalised
+        return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm within each of `splits` groups of the GLOBAL batch [N, C, H, W]: devices that need not exist.
+
+    MoCo's batch norm per GPU (1911.05722, section 3.3) for any number of processes: with W ranks each normalises
+    `splits / W` whole groups of its own rows, so the result is the same for every W that divides `splits`. Groups are
+    consecutive rows. Running statistics move towards the mean of all groups' statistics (variances unbiased); in
+    evaluation mode this is ordinary batch norm.
+
+    Args:
+        num_features: C.
+        splits: groups of the global batch.
+        interleaved: row n of this process belongs to group n mod (its groups) instead: the layout of the authors'
+            CIFAR-10 demo, which a view of the tensor gives; groups then depend on the number of ranks.
+    """
+
+    def __init__(self, num_features: int, splits: int = 1, *, interleaved: bool = False) -> None:
+        super().__init__(num_features)
+        if splits < 1:
+            raise ValueError(f"{splits} groups")
+        self.splits, self.interleaved = splits, interleaved
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalised activations.
+
+        Raises:
+            ValueError: the ranks do not divide the groups, or the groups do not divide the batch.
+        """
+        if not self.training:
+            return super().forward(input)
+        world = _ranks()
+        if self.splits % world or len(input) % (self.splits // world):
+            raise ValueError(
+                f"{self.splits} batch-norm groups cannot be dealt to {world} ranks with {len(input)} items each"
+            )
+        normalised, mean, variance = self._by_group(input, self.splits // world)
+        self._move_statistics(mean, variance)
+        return normalised
+
+    def _by_group(self, image: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised activations, and each group's mean and unbiased variance, [groups, C]."""
+        rows, channels = len(image) // groups, image.shape[1]
+        # a momentum of 1 leaves the batch's own statistics in these buffers
+        mean, variance = (image.new_zeros(groups, channels) for _ in range(2))
+        if self.interleaved:
+            weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
+            flat = image.reshape(rows, groups * channels, *image.shape[2:])
+            done = F.batch_norm(flat, mean.view(-1), variance.view(-1), weight, bias, True, 1.0, self.eps)
+            return done.view_as(image), mean, variance
+        parts = [
+            F.batch_norm(part, mean[group], variance[group], self.weight, self.bias, True, 1.0, self.eps)
+            for group, part in enumerate(image.split(rows))
+        ]
+        return (parts[0] if groups == 1 else torch.cat(parts)), mean, variance
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        moved = torch.stack([mean.mean(0), variance.mean(0)])
+        if _ranks() > 1:
+            dist.all_reduce(moved)
+            moved /= _ranks()
+        self.running_mean.lerp_(moved[0], _rate(self))
+        self.running_var.lerp_(moved[1], _rate(self))
+
+
+def _rate(norm: nn.modules.batchnorm._NormBase) -> float:
+    """How far running statistics move towards a batch's."""
+    if norm.momentum is None:
+        raise ValueError("cumulative averages (momentum=None) are not supported")
+    return norm.momentum
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over ranks; the gradient of every rank's addend is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -1,0 +1,136 @@
+"""Is a frozen representation any good? Weighted k nearest neighbours and a linear classifier, on stored features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reprise.data.loader import EvalLoader, Source
+from reprise.seeding import generator
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features [N, D] of N items and their labels int64 [N]."""
+
+    value: Tensor
+    label: Tensor
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def few(self, per_class: int | None) -> Features:
+        """The first `per_class` items of every class, in their order; all of them for None."""
+        if per_class is None:
+            return self
+        member = F.one_hot(self.label)
+        rank = (member.cumsum(0) * member).sum(1)  # 1 for the first of its class
+        kept = rank <= per_class
+        return Features(self.value[kept], self.label[kept])
+
+
+@torch.no_grad()
+def extract(encode: Callable[[Tensor], Tensor], source: Source, batch_size: int, device: torch.device) -> Features:
+    """Features of every item of a source, in its order, on `device`; `encode` takes images [B, C, H, W]."""
+    value, label = [], []
+    for batch in EvalLoader(source, batch_size):
+        value.append(encode(batch["image"].to(device)))
+        label.append(batch["label"].to(device))
+    return Features(torch.cat(value), torch.cat(label))
+
+
+def knn_scores(feature: Tensor, bank: Features, num_classes: int, *, k: int = 200, temperature: float = 0.1) -> Tensor:
+    """Votes of the k nearest neighbours by cosine similarity, exp(similarity / temperature) each, [N, num_classes].
+
+    Wu et al. 2018 (1805.01978), section 3.4; MoCo's monitor on CIFAR-10. The largest vote is the prediction. With
+    fewer than k items in the bank all of them vote.
+
+    Args:
+        feature: [N, D], any length.
+        bank: labelled features.
+    """
+    similarity = F.normalize(feature, dim=1) @ F.normalize(bank.value, dim=1).T
+    nearest, index = similarity.topk(min(k, len(bank)), dim=1)
+    votes = (nearest / temperature).exp()
+    return feature.new_zeros(len(feature), num_classes).scatter_add_(1, bank.label[index], votes)
+
+
+@dataclass(frozen=True)
+class Standardise:
+    """(feature - mean) / std with the statistics of a training set; what does not vary stays 0."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def fit(cls, feature: Tensor) -> Standardise:
+        return cls(feature.mean(0), feature.std(0).clamp_min(1e-6))
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        return (feature - self.mean) / self.std
+
+
+def linear_probe(
+    train: Features, num_classes: int, *, decay: float = 1e-3, iterations: int = 100
+) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression on standardised features, solved by L-BFGS; deterministic.
+
+    For features that are held in memory. Minimises mean cross-entropy + decay / 2 * |W|^2.
+
+    Returns:
+        A function from features [N, D] to logits [N, num_classes].
+    """
+    with torch.inference_mode(False), torch.enable_grad():  # probes are fitted during evaluation
+        scale = Standardise.fit(train.value.detach().clone())
+        inputs, label = scale(train.value.detach().clone()), train.label.clone()
+        weight = inputs.new_zeros(num_classes, inputs.shape[1], requires_grad=True)
+        bias = inputs.new_zeros(num_classes, requires_grad=True)
+        solver = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            loss = F.cross_entropy(inputs @ weight.T + bias, label) + decay / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+    return lambda feature: scale(feature) @ weight.detach().T + bias.detach()
+
+
+def sgd_linear_probe(
+    train: Features,
+    num_classes: int,
+    *,
+    lr: float = 30.0,
+    epochs: int = 100,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    milestones: tuple[int, ...] = (60, 80),
+    seed: int = 0,
+) -> nn.Linear:
+    """A linear classifier on features as they are, by SGD: MoCo's protocol without its augmentation.
+
+    lr 30, no decay, x 0.1 at epochs 60 and 80, weights from N(0, 0.01) (released main_lincls.py): pre-head features are
+    small, so a rate of 0.1 learns nothing.
+    """
+    device = train.value.device
+    with torch.inference_mode(False), torch.enable_grad():  # probes are fitted during evaluation
+        feature, label = train.value.detach().clone(), train.label.clone()
+        head = nn.Linear(feature.shape[1], num_classes, device=device)
+        with torch.no_grad():
+            head.weight.copy_(0.01 * torch.randn(head.weight.shape, generator=generator(seed, "probe")))
+            head.bias.zero_()
+        optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=momentum)
+        for epoch in range(epochs):
+            rate = lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+            optimizer.param_groups[0]["lr"] = rate
+            order = torch.randperm(len(train), generator=generator(seed, "probe", epoch)).to(device)
+            for rows in order.split(batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(head(feature[rows]), label[rows]).backward()
+                optimizer.step()
+    return head
