@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "reprise needs Python >= 3.11; found $$($(PYTHON) --version). Next step: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "building $(VENV) with every pinned version (once; a few minutes, and some GB for torch)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev,slurm]'
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev,slurm,ray,search]'
 	@touch $@
 
 setup: $(STAMP)  ## build .venv with every pinned version

@@ -60,6 +60,8 @@ def smoke_sized(words: list[str]) -> list[str]:
         return words
     if words[0] == "reproduce":
         return [*words, "smoke=true", "seed=0"]
+    if words[0] == "search":
+        return [*words, "smoke=true", "--trials", "1"]
     return [*words, "smoke=true"] if words[0] == "train" else words
 
 

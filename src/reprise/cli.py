@@ -88,6 +88,31 @@ def reproduce(args: argparse.Namespace) -> int:
     return _finish_sweep(run_hydra([*overrides, *extra], [*flags, "--multirun"]), verdicts=True)
 
 
+def search(args: argparse.Namespace) -> int:
+    """Search hyper-parameters with Optuna, by validation and on seeds from 100 up."""
+    from rich.console import Console
+
+    from reprise.app import run_hydra
+    from reprise.config import experiment_of
+    from reprise.search.loop import render
+    from reprise.search.study import require_optuna
+
+    require_optuna()
+    flags, overrides = _split(args.rest)
+    experiment_of(overrides)
+    direction = "minimize" if args.minimize else "maximize"
+    parallel = "${cores:}" if args.parallel is None else args.parallel
+    options = f'{{metric: "{args.metric}", direction: {direction}, trials: {args.trials}, parallel: {parallel}}}'
+    outcome = run_hydra([*overrides, f"+hydra.sweeper.search={options}"], [*flags, "--multirun"])
+    Console().print(render(outcome))
+    print(f"{outcome.folder}: trials.csv, search.json and the run folders")
+    for failure in outcome.failures:
+        print(f"reprise: {failure}", file=sys.stderr)
+    if outcome.stopped:
+        raise InterruptedRunError("the search was stopped", next_step="run the same command again to go on")
+    return 0 if outcome.best else 1
+
+
 def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
     from reprise.training.jobs import SweepOutcome
 
@@ -282,6 +307,11 @@ def _parser() -> argparse.ArgumentParser:
     add("train", train, overrides=True)
     for name, run in (("reproduce", reproduce), ("sweep", sweep)):
         add(name, run, overrides=True).add_argument("--dry-run", action="store_true", help="list the runs, start none")
+    command = add("search", search, overrides=True)
+    command.add_argument("--metric", required=True, help="the validation metric that chooses, e.g. val/accuracy")
+    command.add_argument("--minimize", action="store_true", help="less of it is better")
+    command.add_argument("--trials", type=int, default=20, help="in all, those of earlier starts included (20)")
+    command.add_argument("--parallel", type=int, help="trials at the same time (one a core); proposals depend on it")
     command = add("report", report)
     command.add_argument("path", nargs="?", type=Path, help="folder of run folders (default: runs/)")
     command.add_argument("--paper", help="only this paper")

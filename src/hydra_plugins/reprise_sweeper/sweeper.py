@@ -6,12 +6,13 @@ same configuration hash, hands the rest to whatever launcher is configured, and 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -24,6 +25,7 @@ class RepriseSweeperConf:
     params: dict[str, Any] = field(default_factory=dict)
     claim: bool = False
     dry_run: bool = False
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="reprise", node=RepriseSweeperConf, provider="reprise")
@@ -36,12 +38,14 @@ class RepriseSweeper(Sweeper):
         params: sweeps given by configuration (`hydra.sweeper.params`), as Hydra's basic sweeper has them.
         claim: expand the claim's arms and seeds.
         dry_run: list the jobs and start none.
+        search: choose the values of the sweep with Optuna, as these `reprise.search.loop.Settings` say.
     """
 
-    def __init__(self, params: dict[str, Any], claim: bool, dry_run: bool) -> None:
+    def __init__(self, params: dict[str, Any], claim: bool, dry_run: bool, search: Mapping[str, Any]) -> None:
         self.params = dict(params or {})
         self.claim = claim
         self.dry_run = dry_run
+        self.search = dict(search)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context = hydra_context
@@ -51,15 +55,32 @@ class RepriseSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run every job of the sweep; returns a `reprise.training.jobs.SweepOutcome`."""
-        from reprise.training.jobs import Job, run_jobs
+        """Run every job; returns a `reprise.training.jobs.SweepOutcome`, or a `SearchOutcome` of a search."""
+        from reprise.training.jobs import run_jobs
 
-        jobs = []
-        for combination in self._combinations(arguments):
-            overrides = self._complete(combination)
-            cfg = self.context.config_loader.load_sweep_config(self.config, overrides)
-            jobs.append(Job.of(overrides, cfg))
+        if self.search:
+            return self._search(arguments)
+        jobs = [self._job(combination) for combination in self._combinations(arguments)]
         return run_jobs(jobs, self.launcher, dry_run=self.dry_run)
+
+    def _search(self, arguments: Sequence[str]) -> Any:
+        from reprise.search.loop import Settings, run_search
+        from reprise.search.space import read_space
+
+        space = read_space(self._parse([item for item in arguments if not _is_hydras(item)]))
+        return run_search(Settings(**self.search), space, self._job, self.launcher)
+
+    def _job(self, combination: Sequence[str], added: Sequence[str] = ()) -> Any:
+        """One run: what a user would type for it, completed, and what is added to that."""
+        from reprise.config import job_overrides
+        from reprise.training.jobs import Job
+
+        own = [item for item in combination if not _is_hydras(item)]
+        overrides = [*job_overrides(own), *added]
+        return Job.of(overrides, self.context.config_loader.load_sweep_config(self.config, overrides))
+
+    def _parse(self, items: Sequence[str]) -> list[Override]:
+        return OverridesParser.create(self.context.config_loader).parse_overrides(list(items))
 
     def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
         """The product of all sweeps, one list of plain overrides a run."""
@@ -68,9 +89,8 @@ class RepriseSweeper(Sweeper):
         items = [item for item in given if item.partition("=")[0] not in typed] + list(arguments)
         if self.claim:
             items += self._claimed(items)
-        parsed = OverridesParser.create(self.context.config_loader).parse_overrides(items)
         choices = []
-        for override in parsed:
+        for override in self._parse(items):
             if override.is_sweep_override():
                 key = override.get_key_element()
                 choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
@@ -93,8 +113,6 @@ class RepriseSweeper(Sweeper):
             added.append("arm=" + ",".join(at_scale.arms))
         return added
 
-    def _complete(self, combination: list[str]) -> list[str]:
-        from reprise.config import job_overrides
 
-        own = [item for item in combination if not item.startswith(("hydra.", "hydra/"))]
-        return job_overrides(own)
+def _is_hydras(override: str) -> bool:
+    return override.startswith(("hydra.", "hydra/"))

@@ -29,6 +29,11 @@ def tell_the_sweep() -> None:
             Path(name).touch()
 
 
+def sweep_is_stopped() -> bool:
+    """Whether the sweep that this process belongs to (if any) was asked to stop."""
+    return Path(os.environ.get(STOP_VARIABLE, "")).is_file()
+
+
 class StopRequest:
     """Remembers that someone asked the run to stop."""
 

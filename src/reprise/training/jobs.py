@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,10 @@ from rich.text import Text
 
 from reprise import config as configuration
 from reprise.errors import ConfigError, InterruptedRunError
-from reprise.training.interrupt import STOP_VARIABLE, tell_the_sweep
+from reprise.training.interrupt import STOP_VARIABLE, sweep_is_stopped, tell_the_sweep
 from reprise.training.runfolder import RunFolder, write_json
+
+STARTS_TOGETHER = 2  # of jobs whose worker processes die; then each by itself
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,29 @@ def _run_wave(jobs: Sequence[Job], launcher: Any, outcome: SweepOutcome) -> None
             outcome.failed.append((job, f"not started, because it continues from {job.after.name}, which did not end"))
         else:
             ready.append(job)
-    if not ready:
-        return
-    returns = launcher.launch([list(job.overrides) for job in ready], initial_job_idx=0)
-    for job, result in zip(ready, returns, strict=True):
+    for _ in range(STARTS_TOGETHER):
+        if _launch(ready, launcher, outcome):
+            return
+    for job in ready:  # one of them kills its process each time, which must not cost the others
+        if not _launch([job], launcher, outcome):
+            outcome.failed.append((job, "its process died, every time it was started (killed, or out of memory)"))
+
+
+def _launch(jobs: Sequence[Job], launcher: Any, outcome: SweepOutcome) -> bool:
+    """Run what of the jobs is not finished; False where a process of joblib's pool died, and with it all the others."""
+    todo = [job for job in jobs if not job.finished]
+    if not todo or sweep_is_stopped():
+        return True
+    try:
+        returns = launcher.launch([list(job.overrides) for job in todo], initial_job_idx=0)
+    except BrokenExecutor:
+        return False
+    _note_failures(todo, returns, outcome)
+    return True
+
+
+def _note_failures(jobs: Sequence[Job], returns: Sequence[Any], outcome: SweepOutcome) -> None:
+    for job, result in zip(jobs, returns, strict=True):
         if not isinstance(result.return_value, dict):
             outcome.failed.append((job, result.return_value.message))
             _leave_trace(job, result.return_value)
@@ -170,7 +192,7 @@ def stopping_gently(console: Console) -> Iterator[Stop]:
 
 def refuse_when_stopped() -> None:
     """Raise in a job whose sweep was stopped before the job began."""
-    if Path(os.environ.get(STOP_VARIABLE, "")).is_file():
+    if sweep_is_stopped():
         raise InterruptedRunError("not started, because the sweep was stopped")
 
 

@@ -1,0 +1,1 @@
+"""Hydra plugin: the Ray launcher of reprise (see `launcher.py`)."""
