@@ -1,0 +1,59 @@
+"""Two processes with half of the batch each give the loss and the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from reprise.papers.clip.evaluation import gather_interleaved
+from reprise.papers.clip.model import clip
+from reprise.papers.clip.objectives import Contrastive
+
+BATCH, TOTAL = 6, 7
+
+
+def _gradients(mine: slice, positives: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = clip(
+        embed_dim=8, image_size=16, vision_layers=1, vision_width=8, vision_patch_size=8, vision_heads=2, text_width=8,
+        text_layers=1, text_heads=2, context_length=5, vocab_size=12,
+    )  # fmt: skip
+    image, text = torch.randn(BATCH, 3, 16, 16), torch.randint(1, 10, (BATCH, 5))
+    text[:, -1] = 11
+    text[4] = text[1]  # equal captions on different ranks
+    loss = Contrastive(positives=positives).loss(model, image[mine], text[mine])
+    loss.backward()
+    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {**found, "loss": loss.detach()}
+
+
+def _rank(rank: int, folder: str, positives: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    gradients = _gradients(slice(3 * rank, 3 * rank + 3), positives)
+    for value in gradients.values():
+        dist.all_reduce(value)
+    rows = gather_interleaved(torch.arange(rank, TOTAL, 2)[:, None], TOTAL)
+    if rank == 0:
+        torch.save({name: value / 2 for name, value in gradients.items()}, Path(folder) / "gradients.pt")
+        torch.save(rows, Path(folder) / "rows.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("positives", ["partner", "same_caption"])
+def test_the_contrastive_matrix_is_global(positives: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(folder, positives), nprocs=2)
+        two = torch.load(Path(folder) / "gradients.pt", weights_only=True)
+        rows = torch.load(Path(folder) / "rows.pt", weights_only=True)
+    one = _gradients(slice(0, BATCH), positives)
+    assert two.keys() == one.keys()
+    for name, value in one.items():
+        assert torch.allclose(two[name], value, atol=1e-6, rtol=1e-4), name
+    assert rows.flatten().tolist() == list(range(TOTAL))
