@@ -15,6 +15,7 @@ from reprise.evidence.soak import PaperSoak, closing_line, passed, soak, to_mark
 
 def tell(paper: PaperSoak) -> None:
     print(closing_line([paper]).replace("1 papers", paper.slug), f"in {paper.seconds:.0f} s", flush=True)
+    print(*paper.lost, *paper.mismatches, sep="\n", end="", flush=True)
 
 
 def main() -> int:

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from reprise import config as configuration
 from reprise import paths
 from reprise.errors import RepriseError
@@ -42,20 +44,19 @@ class Victim:
     seconds: float
 
     @classmethod
-    def prepare(cls, slug: str, folder: Path) -> Victim:
+    def prepare(cls, cfg: DictConfig, folder: Path) -> Victim:
         """Make the undisturbed run that the others are compared with.
 
         Raises:
             RepriseError: it fails.
         """
-        cfg = configuration.compose([f"experiment={slug}/small", *OVERRIDES])
         place = configuration.run_dir(cfg).relative_to(paths.runs_dir())
         config = children.write_config(cfg, folder)
         for name in ("warm", "reference"):  # the first run fills caches, the second one is timed
             began = time.monotonic()
             ended = children.run(config, folder / name)
             if ended.code:
-                raise RepriseError(f"the undisturbed run of {slug} failed: {ended.messages}", looked_at=folder)
+                raise RepriseError(f"the undisturbed run of {cfg.slug} failed: {ended.messages}", looked_at=folder)
         return cls(config, place, folder / "reference" / place, time.monotonic() - began)
 
 
@@ -69,22 +70,23 @@ def soak(
     tell: Callable[[PaperSoak], None] = lambda paper: None,
 ) -> list[PaperSoak]:
     """Spread `kills` over papers, `at_once` of them in parallel; `tell` hears of each paper that is done."""
+    configurations = [configuration.compose([f"experiment={slug}/small", *OVERRIDES]) for slug in slugs]
     shares = [kills // len(slugs) + (number < kills % len(slugs)) for number in range(len(slugs))]
 
-    def torment(slug: str, share: int) -> PaperSoak:
-        result = torment_paper(slug, share, random.Random(f"{seed} {slug}"), folder / slug)
+    def torment(cfg: DictConfig, share: int) -> PaperSoak:
+        result = torment_paper(cfg, share, random.Random(f"{seed} {cfg.slug}"), folder / cfg.slug)
         tell(result)
         return result
 
     with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(torment, slugs, shares))
+        return list(pool.map(torment, configurations, shares))
 
 
-def torment_paper(slug: str, kills: int, rng: random.Random, folder: Path) -> PaperSoak:
+def torment_paper(cfg: DictConfig, kills: int, rng: random.Random, folder: Path) -> PaperSoak:
     """Kill runs of a paper at random moments until all kills are done; every run is started again until it ends."""
     began = time.monotonic()
-    victim = Victim.prepare(slug, folder)
-    result = PaperSoak(slug)
+    victim = Victim.prepare(cfg, folder)
+    result = PaperSoak(cfg.slug)
     while result.kills < kills:
         runs = folder / f"run-{result.runs}"
         while result.kills < kills and _killed(victim, runs, rng):

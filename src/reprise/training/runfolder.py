@@ -131,8 +131,8 @@ class MetricsFile:
         self.path = path
 
     def cut_back(self, step: int) -> None:
-        """Drop rows later than `step`, which a resumed run will write again."""
-        rows = [row for row in self._rows() if int(row[0]) <= step]
+        """Drop what a resumed run will write again: rows later than `step`, and those of the test."""
+        rows = [row for row in self._rows() if int(row[0]) <= step and not row[1].startswith("test/")]
         lines = [",".join(("step", "metric", "value")), *(",".join(row) for row in rows)]
         write_atomic(self.path, "\n".join(lines) + "\n")
 
