@@ -57,10 +57,11 @@ class PaperModule(LightningModule):
         """The data module of the run at hand."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+    def log(self, *args: Any, **kwargs: Any) -> None:
         """As in Lightning, with exact means over ranks: it averages integer counts of items, and cuts off the half."""
-        count = None if batch_size is None else float(batch_size)
-        super().log(name, value, *args, batch_size=count, **kwargs)  # type: ignore[arg-type]
+        if kwargs.get("batch_size") is not None:
+            kwargs["batch_size"] = float(kwargs["batch_size"])
+        super().log(*args, **kwargs)
 
     def parameter_groups(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
         """What the optimizer gets; override for per-group learning rates or weight decay."""
