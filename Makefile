@@ -13,7 +13,7 @@ DIR ?= $(REPRISE_GOLDENS)
 EXPERIMENT = experiment=$(PAPER)/$(SCALE)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup reproduce sweep report parity plan papers data test test-fast lint type format bench new-paper clean
+.PHONY: help setup reproduce sweep report parity plan papers data test test-fast test-dist lint type format bench new-paper clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,10 +50,14 @@ data: $(STAMP)  ## [ARGS="fetch cifar10"]: the data registry
 	@$(BIN)/reprise data $(if $(ARGS),$(ARGS),list)
 
 test: $(STAMP)  ## every test, a process a core
-	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(ARGS)
+
+test-dist: $(STAMP)  ## every rank, resume and launcher test of every paper; its outcome goes into RECORDS.json and README
+	$(BIN)/python -m pytest -m dist -n auto --dist loadgroup --write-records $(ARGS); code=$$?; \
+	$(BIN)/python scripts/readme.py && exit $$code
 
 lint: $(STAMP)  ## style and formatting
 	$(BIN)/ruff check .

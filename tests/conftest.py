@@ -10,6 +10,7 @@ import pytest
 from reprise.seeding import seed_all
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+pytest_plugins = ["tests.records"]
 
 
 @pytest.fixture(autouse=True)

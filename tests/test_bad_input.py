@@ -81,26 +81,6 @@ def test_unwritable_run_folder(
     assert "cannot be written" in fails(capsys, "train", "experiment=vit/small", "smoke=true")
 
 
-def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    config = write_config(smoke_config("vit", "callbacks.checkpoint.every_steps=1"), tmp_path)
-    fault = """
-import torch, errno
-save, calls = torch.save, []
-def full(content, handle):
-    calls.append(1)
-    if len(calls) == 3:
-        handle.write(b"x"); raise OSError(errno.ENOSPC, "No space left on device")
-    save(content, handle)
-torch.save = full
-"""
-    failed = run_child(config, tmp_path / "runs", fault=fault)
-    assert failed.returncode == 1
-    assert "No space left on device" in failed.stderr
-    assert "continues from the last checkpoint" in failed.stderr
-    names = sorted(path.name for path in (tmp_path / "runs").rglob("checkpoints/*"))
-    assert names == ["step=000000001.ckpt", "step=000000002.ckpt"]
-
-
 def test_a_nan_loss_stops_with_step_and_batch(tmp_path: Path) -> None:
     config = write_config(smoke_config("vit", "callbacks.checkpoint.every_steps=1"), tmp_path)
     fault = """
@@ -151,11 +131,11 @@ def start_and_signal(config: Path, runs: Path, signals: list[signal.Signals]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_one_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_one_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, expected: int) -> None:
     config = write_config(smoke_config("vit"), tmp_path)
     code, errors = start_and_signal(config, tmp_path / "runs", [number])
-    assert code == 130
+    assert code == expected
     assert f"stopped by {number.name} at step" in errors
     assert "run the same command again" in errors
     assert list((tmp_path / "runs").rglob("step=*.ckpt"))

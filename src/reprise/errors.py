@@ -50,6 +50,12 @@ class DivergedError(RepriseError):
 
 
 class InterruptedRunError(RepriseError):
-    """The user or the scheduler asked to stop; the run was saved."""
+    """The user asked to stop; the run was saved."""
 
     exit_code = 130
+
+
+class PreemptedRunError(InterruptedRunError):
+    """The scheduler asked to stop (SIGTERM, SIGUSR1); the run was saved and wants to be started again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: "try again later"

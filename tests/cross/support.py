@@ -1,29 +1,34 @@
-"""What the cross-paper tests share: smoke configurations, runs in child processes, comparison of checkpoints."""
+"""What the cross-paper tests share: the collected papers, smoke configurations, reference runs."""
 
 from __future__ import annotations
 
+import csv
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+import pytest
+from omegaconf import DictConfig
 
 from reprise import config as configuration
 from reprise import discovery
+from reprise.evidence import children
+from reprise.evidence.children import write_config
 from reprise.evidence.claims import load_claim
+from tests.cross.probes import Probe
 
 PAPERS = discovery.papers()
 RECIPES = [(slug, recipe) for slug in PAPERS for recipe in discovery.recipes(slug)]
 ABLATIONS = [(slug, f"ablations/{name}") for slug in PAPERS for name in discovery.ablations(slug)]
+ARMS = [(slug, arm) for slug in PAPERS for arm in load_claim(slug).at("small").arms]
 # The paper's method (the first arm) and every earlier stage that it continues from.
 STAGES = [
     (slug, arm) for slug in PAPERS for claim in [load_claim(slug)] for arm in claim.stages(next(iter(claim.arms)))
 ]
+EVERY_STEP = "callbacks.checkpoint.every_steps=1"
 
 
 def smoke_config(slug: str, *overrides: str) -> DictConfig:
@@ -31,14 +36,74 @@ def smoke_config(slug: str, *overrides: str) -> DictConfig:
     return configuration.compose([f"experiment={slug}/small", "smoke=true", *overrides])
 
 
-def write_config(cfg: DictConfig, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "job.yaml"
-    path.write_text(OmegaConf.to_yaml(cfg))
-    return path
+def spread(index: int) -> str:
+    """The paper that bears the `index`-th rare case in every test run; the others bear it in `make test-dist`."""
+    return PAPERS[index % len(PAPERS)]
 
 
-# A child runs this with a configuration file; the lines in `fault` may break it at a chosen moment.
+def in_every_run(chosen: Callable[[str], bool], *values: object) -> object:
+    """A test parameter whose first value is a slug; exhaustive unless its paper is chosen."""
+    slug = values[0]
+    return pytest.param(*values, marks=() if chosen(str(slug)) else pytest.mark.exhaustive)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An uninterrupted run: its configuration, that as a file, its run folder, and what a probe kept of it."""
+
+    cfg: DictConfig
+    config: Path
+    runs: Path
+    run: Path
+    probe: Path
+
+    def give_earlier_stages(self, runs: Path) -> Path:
+        """The place of this run below `runs`, where the finished runs it continues from lie already."""
+        earlier = configuration.earlier_stage(self.cfg)
+        while earlier is not None:
+            source = folder_of(earlier, self.runs)
+            target = runs / source.relative_to(self.runs)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(source, target_is_directory=True)
+            earlier = configuration.earlier_stage(earlier)
+        return runs / self.run.relative_to(self.runs)
+
+
+def folder_of(cfg: DictConfig, runs: Path) -> Path:
+    """The run folder of a configuration below `runs`."""
+    return runs / configuration.run_dir(cfg).relative_to(configuration.paths.runs_dir())
+
+
+@dataclass
+class References:
+    """Runs that several tests compare with, each made once; an earlier stage is shared by those that continue."""
+
+    folder: Path
+    made: dict[tuple[object, ...], Reference] = field(default_factory=dict)
+
+    def __call__(self, slug: str, arm: str, *overrides: str, empty_half: bool = False) -> Reference:
+        """The run of an arm in one process; skips where the paper refuses the overrides with a clear message."""
+        key = (slug, arm, *overrides, empty_half)
+        if key not in self.made:
+            cfg = smoke_config(slug, f"arm={arm}", EVERY_STEP, *overrides)
+            folder = self.folder / f"{len(self.made)}"
+            runs = folder / "runs" if empty_half else self.folder / "runs"
+            config = write_config(cfg, folder)
+            ended = children.run(config, runs, before=Probe(folder / "probe", empty_half))
+            if ended.code and "Traceback" not in ended.messages and overrides:
+                pytest.skip(f"{slug} refuses {', '.join(overrides)}: {ended.messages.splitlines()[0]}")
+            assert ended.code == 0, ended.messages
+            self.made[key] = Reference(cfg, config, runs, folder_of(cfg, runs), folder / "probe")
+        return self.made[key]
+
+
+def metrics_of(run: Path) -> dict[tuple[int, str], float]:
+    """The rows of metrics.csv."""
+    with (run / "metrics.csv").open() as handle:
+        return {(int(row["step"]), row["metric"]): float(row["value"]) for row in csv.DictReader(handle)}
+
+
+# A fresh interpreter, as for a user; the lines in `fault` may break it at a chosen moment.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
@@ -55,63 +120,7 @@ except RepriseError as error:
 
 
 def run_child(config: Path, runs: Path, *, fault: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a configuration in a process of its own, with its run folders under `runs`."""
+    """Run a configuration in a fresh interpreter, with its run folders under `runs`."""
     environment = {**os.environ, "REPRISE_RUNS": str(runs)}
-    return subprocess.run(
-        [sys.executable, "-c", CHILD.format(fault=fault), str(config)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def only_run(runs: Path) -> Path:
-    """The one run folder below `runs` that no other run continues from."""
-    found = {path.parent: OmegaConf.load(path.parent / "config.yaml") for path in runs.rglob("run.json")}
-    earlier = {cfg.start_from.arm for cfg in found.values() if cfg.start_from}
-    last = [folder for folder, cfg in found.items() if cfg.arm not in earlier]
-    assert len(last) == 1, found.keys()
-    return last[0]
-
-
-def copy_earlier_stages(source: Path, target: Path) -> None:
-    """Give `target` the finished runs below `source` that its last run continues from."""
-    for path in source.rglob("run.json"):
-        if path.parent != only_run(source):
-            shutil.copytree(path.parent, target / path.parent.relative_to(source))
-
-
-def final_state(runs: Path) -> dict[str, Any]:
-    """The content of the newest checkpoint of the one run."""
-    newest = sorted((only_run(runs) / "checkpoints").glob("step=*.ckpt"))[-1]
-    return torch.load(newest, map_location="cpu", weights_only=True)
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Paths at which two nested states are not bit-identical."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        same = left.dtype == right.dtype and left.shape == right.shape and torch.equal(_bits(left), _bits(right))
-        return [] if same else [path]
-    if isinstance(left, dict) and isinstance(right, dict):
-        if left.keys() != right.keys():
-            return [f"{path}: keys {sorted(map(str, left.keys() ^ right.keys()))}"]
-        return [found for key in left for found in differences(left[key], right[key], f"{path}/{key}")]
-    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        if len(left) != len(right):
-            return [f"{path}: lengths {len(left)} and {len(right)}"]
-        return [
-            found for i, pair in enumerate(zip(left, right, strict=True)) for found in differences(*pair, f"{path}/{i}")
-        ]
-    return [] if left == right else [f"{path}: {left!r} != {right!r}"]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """NaNs compare equal when their bits do."""
-    kinds = {
-        torch.float32: torch.int32,
-        torch.float64: torch.int64,
-        torch.bfloat16: torch.int16,
-        torch.float16: torch.int16,
-    }
-    return tensor.contiguous().view(kinds[tensor.dtype]) if tensor.dtype in kinds else tensor
+    command = [sys.executable, "-c", CHILD.format(fault=fault), str(config)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -220,7 +220,7 @@ def test_the_papers_table(workshop):
     assert small["effect"] == pytest.approx(0.104)
     markdown = table.to_markdown(rows)
     assert "[Toys & Boxes](experiments/toy_paper/)" in markdown
-    assert "| 3/4 | 1/1 | supported: NMS gain +0.1040" in markdown
+    assert "| 3/4 | 1/1 | – | – | supported: NMS gain +0.1040" in markdown
     console = Console(width=200, record=True)
     console.print(table.render(rows))
     assert "supported" in console.export_text()

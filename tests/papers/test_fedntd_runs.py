@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests.cross.support import differences, smoke_config
+from tests.cross.support import smoke_config
 from tests.papers.test_fedntd import clients
 from torch import Tensor
 
 from reprise.config import run_dir
+from reprise.evidence.states import differences
 from reprise.papers.fedntd.algorithms import FedAvg, FedAvgM, FedCurv, FedDyn, FedNova, FedNTD, Moon, Scaffold
 from reprise.papers.fedntd.model import fedavg_digits
 from reprise.papers.fedntd.module import FederatedClassifier

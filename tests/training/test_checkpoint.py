@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reprise.errors import CheckpointError
-from reprise.training.checkpoint import FORMAT, AtomicCheckpointIO, newest_checkpoint
+from reprise.training.checkpoint import FORMAT, AtomicCheckpointIO, ExactCheckpoint, newest_checkpoint
 
 IDENTITY = {"paper": "demo", "config_hash": "abc"}
 
@@ -27,6 +27,28 @@ def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
     newest = write(tmp_path, 15)
     newest.write_bytes(newest.read_bytes()[:-40])
     assert newest_checkpoint(tmp_path, IDENTITY) == (good, 10)
+
+
+def test_a_wrong_bit_is_seen(tmp_path: Path) -> None:
+    good = write(tmp_path, 5)
+    path = tmp_path / "step=000000010.ckpt"
+    weights = {"state_dict": {"w": torch.ones(1000)}, "reprise": {"format": FORMAT, "step": 10, **IDENTITY}}
+    AtomicCheckpointIO().save_checkpoint(weights, path)
+    assert newest_checkpoint(tmp_path, IDENTITY) == (path, 10)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x00\x00\x80\x3f" * 8) + 2] ^= 1
+    path.write_bytes(content)
+    assert newest_checkpoint(tmp_path, IDENTITY) == (good, 5)
+
+
+def test_damaged_later_files_do_not_count(tmp_path: Path) -> None:
+    keeper = ExactCheckpoint(keep=2)
+    keeper.folder = tmp_path
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step)
+    (tmp_path / ".step=000000020.ckpt.123").write_bytes(b"half")
+    keeper._tidy(tmp_path / "step=000000015.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=000000010.ckpt", "step=000000015.ckpt"]
 
 
 def test_none_in_an_empty_folder(tmp_path: Path) -> None:

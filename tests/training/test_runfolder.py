@@ -20,6 +20,16 @@ def test_metrics_are_cut_back_to_the_step(tmp_path: Path) -> None:
     assert lines == ["step,metric,value", "1,a,1.0", f"1,train/loss,{1 / 3!r}", "2,a,1.0", f"2,train/loss,{2 / 3!r}"]
 
 
+def test_a_test_that_is_repeated_is_told_once(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.cut_back(0)
+    metrics.append(4, {"val/loss": 1.0})
+    metrics.append(4, {"test/loss": 2.0})  # then killed, before summary.json was written
+    metrics.cut_back(4)
+    metrics.append(4, {"test/loss": 2.0})
+    assert metrics.path.read_text().splitlines()[1:] == ["4,val/loss,1.0", "4,test/loss,2.0"]
+
+
 def test_a_half_written_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,metric,value\n1,a,1.0\n2,a")

@@ -1,4 +1,4 @@
-"""A row a paper, made from files alone: recipes, card, PARITY.json, SIZES.json and RESULTS.md. Cheap to import."""
+"""A row a paper, made from files alone: recipes, card, PARITY, SIZES and RECORDS.json, RESULTS.md. Cheap to import."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reprise import discovery
 from reprise.evidence.files import read_json, read_yaml
 from reprise.evidence.formatting import interval, markdown_table, signed
+from reprise.evidence.records import GUARANTEES, read_record
 from reprise.evidence.results_file import read_results
 
 if TYPE_CHECKING:
@@ -37,6 +38,19 @@ class VerdictCell:
 
 
 @dataclass(frozen=True)
+class GuaranteeCell:
+    """What the tests of a guarantee showed, and when (RECORDS.json)."""
+
+    passed: int
+    total: int
+    date: str
+    commit: str | None
+
+    def __str__(self) -> str:
+        return f"{self.passed}/{self.total}"
+
+
+@dataclass(frozen=True)
 class PaperRow:
     """One paper; counts are None where the generated file is absent."""
 
@@ -48,6 +62,8 @@ class PaperRow:
     golden_total: int | None
     sizes_matched: int | None
     sizes_total: int | None
+    resume: GuaranteeCell | None
+    ranks: GuaranteeCell | None
     verdicts: dict[str, VerdictCell]
 
 
@@ -74,6 +90,7 @@ def paper_row(slug: str) -> PaperRow:
         golden_total=golden[1],
         sizes_matched=sizes[0],
         sizes_total=sizes[1],
+        **_guarantees(slug),
         verdicts=_verdicts(slug),
     )
 
@@ -82,6 +99,17 @@ def _counts(content: Any) -> tuple[int | None, int | None]:
     if not isinstance(content, dict) or not isinstance(content.get("total"), int):
         return None, None
     return int(content["passed"]), int(content["total"])
+
+
+def _guarantees(slug: str) -> dict[str, GuaranteeCell | None]:
+    record = read_record(slug)
+    return {name: _guarantee(record, name) for name in GUARANTEES}
+
+
+def _guarantee(record: Mapping[str, Any], name: str) -> GuaranteeCell | None:
+    if name not in record:
+        return None
+    return GuaranteeCell(record[name]["passed"], record[name]["total"], record["date"], record["commit"])
 
 
 def _verdicts(slug: str) -> dict[str, VerdictCell]:
@@ -106,7 +134,7 @@ def to_json(rows: Sequence[PaperRow]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
 
 
-_HEAD = ("paper", "family", "scales", "golden cases", "sizes", *VERDICT_SCALES)
+_HEAD = ("paper", "family", "scales", "golden cases", "sizes", *GUARANTEES, *VERDICT_SCALES)
 
 
 def _cells(row: PaperRow) -> list[str]:
@@ -115,6 +143,7 @@ def _cells(row: PaperRow) -> list[str]:
         ", ".join(row.scales),
         _fraction(row.golden_passed, row.golden_total),
         _fraction(row.sizes_matched, row.sizes_total),
+        *(str(cell or "–") for cell in (row.resume, row.ranks)),
         *(_verdict_text(row.verdicts.get(scale)) for scale in VERDICT_SCALES),
     ]
 

@@ -5,11 +5,12 @@ A detection of an image is a dict: `boxes` float [N, 4] xyxy in pixels, `scores`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torchmetrics import MeanMetric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import batched_nms
@@ -125,6 +126,17 @@ class AveragePrecision(MeanAveragePrecision):
         with torch.device("cpu"):  # its constructor reads values, which meta tensors do not have
             super().__init__(box_format="xyxy", iou_type="bbox", backend="faster_coco_eval")
         self.warn_on_many_detections = False  # DETR gives one detection a query; COCO's cut at 100 is meant
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """Gather whole lists, in the order of the data set.
+
+        torchmetrics exchanges image by image, so that ranks with different numbers of images wait for each other.
+        """
+        for name in self._reductions:
+            parts: list[Any] = [None] * distributed.get_world_size(process_group)
+            distributed.all_gather_object(parts, getattr(self, name), group=process_group)
+            turns = itertools.zip_longest(*parts)  # rank r of w holds the images r, r + w, ...
+            setattr(self, name, [item for turn in turns for item in turn if item is not None])
 
 
 class DetectionScores(nn.Module):

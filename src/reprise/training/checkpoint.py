@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from reprise.errors import CheckpointError, RepriseError
 
 FORMAT = "reprise-1"
+logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -48,18 +51,28 @@ class AtomicCheckpointIO(CheckpointIO):
 def newest_checkpoint(folder: Path, identity: Mapping[str, str]) -> tuple[Path, int] | None:
     """The newest complete checkpoint and its step, or None where there is none.
 
-    Damaged files (a kill in the middle of a write leaves none, a broken disk may) are passed over.
+    Damaged files (a kill in the middle of a write leaves none, a broken disk may) are passed over, with a warning.
 
     Raises:
         CheckpointError: a checkpoint belongs to another paper or configuration.
     """
     for path in sorted(folder.glob("step=*.ckpt"), reverse=True):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-            continue
-        return path, check_identity(content, identity, path)
+        content = _content_if_complete(path)
+        if content is not None:
+            return path, check_identity(content, identity, path)
+        logger.warning("%s is damaged; an older checkpoint is used, or the run begins anew", path)
     return None
+
+
+def _content_if_complete(path: Path) -> dict[str, Any] | None:
+    """The content (tensors stay on the disk), or None where any byte of it is not as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch does not look at the checksums that it writes
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        return None
 
 
 def check_identity(content: Mapping[str, Any], identity: Mapping[str, str], path: Path) -> int:
@@ -123,9 +136,17 @@ class ExactCheckpoint(Callback):
         trainer.save_checkpoint(path)
         self.saved_step, self._saved_at = step, time.monotonic()
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
-                old.unlink(missing_ok=True)
+            self._tidy(path)
         return path
+
+    def _tidy(self, newest: Path) -> None:
+        """Keep the newest files; later ones are damaged (the run did not continue from them), so they do not count."""
+        files = sorted(self.folder.glob("step=*.ckpt"))
+        good = [file for file in files if file <= newest]
+        for file in {*files} - {*good[-self.keep :]}:
+            file.unlink(missing_ok=True)
+        for scratch in self.folder.glob(".step=*"):  # of a process that was killed in the middle of a write
+            scratch.unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["reprise"] = {"format": FORMAT, "step": self._step, **self.identity}

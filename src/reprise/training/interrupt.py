@@ -1,4 +1,8 @@
-"""Ctrl-C once saves and stops, twice stops at once; SIGTERM and SIGUSR1 (pre-emption) save and stop."""
+"""Ctrl-C once saves and stops (exit code 130), twice stops at once.
+
+SIGTERM and SIGUSR1 are pre-emption: they save and stop with exit code 75, which says "start me again"
+(`scripts/slurm/train.sbatch` requeues the job on it).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from reprise.errors import InterruptedRunError
+from reprise.errors import InterruptedRunError, PreemptedRunError
 from reprise.training.checkpoint import ExactCheckpoint, current_step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -83,12 +87,13 @@ class StopBetweenSteps(Callback):
         if not self._requested(trainer):
             return
         step = current_step(trainer)
-        name = self.request.signal.name if self.request.signal else "a signal on another rank"
+        number = self._signal_of_any_rank(trainer)
+        kind = InterruptedRunError if number == signal.SIGINT else PreemptedRunError
         if self.checkpoint is None:
-            raise InterruptedRunError(f"stopped by {name} at step {step}; this run keeps no checkpoints")
+            raise kind(f"stopped by {number.name} at step {step}; this run keeps no checkpoints")
         path = self.checkpoint.save(trainer, step)
-        raise InterruptedRunError(
-            f"stopped by {name} at step {step}; everything is saved",
+        raise kind(
+            f"stopped by {number.name} at step {step}; everything is saved",
             looked_at=path,
             next_step="run the same command again to go on from there",
         )
@@ -99,3 +104,8 @@ class StopBetweenSteps(Callback):
             return mine
         flag = torch.tensor(float(mine), device=trainer.strategy.root_device)
         return bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
+
+    def _signal_of_any_rank(self, trainer: Trainer) -> signal.Signals:
+        """The same signal on all ranks; the highest number where they got different ones."""
+        mine = torch.tensor(float(self.request.signal or 0), device=trainer.strategy.root_device)
+        return signal.Signals(int(trainer.strategy.reduce(mine, reduce_op="max")))

@@ -16,7 +16,7 @@ from types import FrameType
 from omegaconf import DictConfig, OmegaConf
 
 from reprise import config as configuration
-from reprise.errors import InterruptedRunError, RepriseError
+from reprise.errors import InterruptedRunError, PreemptedRunError, RepriseError
 from reprise.training.interrupt import SIGNALS
 from reprise.training.run import train
 from reprise.training.runfolder import RunFolder, write_atomic
@@ -59,28 +59,40 @@ def _launch_ranks(cfg: DictConfig, ranks: int) -> dict[str, float]:
     path = folder.path / "config.yaml"
     write_atomic(path, OmegaConf.to_yaml(cfg))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["--signals-to-handle", ",".join(number.name for number in SIGNALS)]
     command += ["-m", "reprise.training.worker", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(cfg.threads)}
     child = subprocess.Popen(command, env=environment, start_new_session=True)
-    code = _wait_and_forward_signals(child)
+    code, asked = _wait_and_forward_signals(child)
     summary, run = folder.read("summary.json"), folder.read("run.json") or {}
     if code == 0 and summary:
         return summary["metrics"]
-    kind = InterruptedRunError if run.get("status") == "interrupted" else RepriseError
-    raise kind(
+    raise _kind_of_end(run.get("exit_code"), asked)(
         run.get("error") or f"the processes of the run ended with code {code}",
         looked_at=folder.path,
         next_step="run the same command again; it continues from the last checkpoint",
     )
 
 
-def _wait_and_forward_signals(child: subprocess.Popen[bytes]) -> int:
+def _kind_of_end(exit_code: int | None, asked: int | None) -> type[RepriseError]:
+    """The error that says how the ranks ended: by rank 0's own account, or by the signal that came before it began."""
+    if exit_code is None and asked is not None:
+        return InterruptedRunError if asked == signal.SIGINT else PreemptedRunError
+    known: list[type[RepriseError]] = [InterruptedRunError, PreemptedRunError]
+    return next((kind for kind in known if kind.exit_code == exit_code), RepriseError)
+
+
+def _wait_and_forward_signals(child: subprocess.Popen[bytes]) -> tuple[int, int | None]:
+    """The exit code of the child, and the last signal that it was sent."""
+    asked: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         os.killpg(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        return child.wait()
+        return child.wait(), asked[-1] if asked else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shlex
@@ -65,21 +66,38 @@ def train(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
         return (folder.read("summary.json") or {})["metrics"]
     rank = _rank()
     if rank == 0:
-        folder.prepare(config_hash)
-        write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
-        folder.start(_facts(cfg, config_hash))
+        with _full_disk_explained(folder):
+            folder.prepare(config_hash)
+            write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
+            folder.start(_facts(cfg, config_hash))
     began = time.monotonic()
     try:
-        with _quiet_lightning():
+        with _quiet_lightning(), _full_disk_explained(folder):
             metrics = _fit_and_test(cfg, folder, config_hash, show_progress)
+        if rank == 0:
+            with _full_disk_explained(folder):
+                write_json(folder.path / "summary.json", {"metrics": metrics})
+                folder.end("finished", seconds=time.monotonic() - began)
     except BaseException as error:
         if rank == 0:
             _record_failure(folder, error, time.monotonic() - began)
         raise
-    if rank == 0:
-        write_json(folder.path / "summary.json", {"metrics": metrics})
-        folder.end("finished", seconds=time.monotonic() - began)
     return metrics
+
+
+@contextlib.contextmanager
+def _full_disk_explained(folder: RunFolder) -> Iterator[None]:
+    """Say what to do where the disk (or the quota) has no room for a file of the run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RepriseError(
+            f"the run folder cannot be written: {error.strerror}",
+            looked_at=folder.path.resolve(),
+            next_step="free disk space and run the same command again; it continues from the last checkpoint",
+        ) from error
 
 
 def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bool) -> dict[str, float]:
@@ -234,7 +252,8 @@ def _record_failure(folder: RunFolder, error: BaseException, seconds: float) -> 
     interrupted = isinstance(error, InterruptedRunError | KeyboardInterrupt)
     text = str(error) if isinstance(error, RepriseError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # a full disk must not hide the first error
-        folder.end("interrupted" if interrupted else "failed", seconds=seconds, error=text)
+        code = error.exit_code if isinstance(error, RepriseError) else 130 if interrupted else 1
+        folder.end("interrupted" if interrupted else "failed", seconds=seconds, error=text, exit_code=code)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,12 @@ VERSIONED = (
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.replace(path)
+    try:
+        scratch.write_text(text)
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -99,6 +103,7 @@ class RunFolder:
             "finished": None,
             "seconds": before.get("seconds", 0.0),
             "error": None,
+            "exit_code": None,
             "git_commit": git_commit(),
             "versions": versions(),
             "machine": machine(),
@@ -106,11 +111,11 @@ class RunFolder:
         }
         write_json(self.path / "run.json", content)
 
-    def end(self, status: str, *, seconds: float, error: str | None = None) -> None:
-        """Record how the run ended."""
+    def end(self, status: str, *, seconds: float, error: str | None = None, exit_code: int = 0) -> None:
+        """Record how the run ended; `exit_code` is that of its process."""
         content = self.read("run.json") or {}
         total = content.get("seconds", 0.0) + seconds
-        content.update(status=status, finished=now(), seconds=round(total, 3), error=error)
+        content.update(status=status, finished=now(), seconds=round(total, 3), error=error, exit_code=exit_code)
         write_json(self.path / "run.json", content)
 
     def progress(self, step: int, steps: int, phase: str, seconds: float) -> None:
@@ -126,8 +131,8 @@ class MetricsFile:
         self.path = path
 
     def cut_back(self, step: int) -> None:
-        """Drop rows later than `step`, which a resumed run will write again."""
-        rows = [row for row in self._rows() if int(row[0]) <= step]
+        """Drop what a resumed run will write again: rows later than `step`, and those of the test."""
+        rows = [row for row in self._rows() if int(row[0]) <= step and not row[1].startswith("test/")]
         lines = [",".join(("step", "metric", "value")), *(",".join(row) for row in rows)]
         write_atomic(self.path, "\n".join(lines) + "\n")
 
