@@ -71,12 +71,6 @@ class PaperModule(LightningModule):
         """The data module of the run at hand."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """As in Lightning, with exact means over ranks: it averages integer counts of items, and cuts off the half."""
-        if kwargs.get("batch_size") is not None:
-            kwargs["batch_size"] = float(kwargs["batch_size"])
-        super().log(*args, **kwargs)
-
     def parameter_groups(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
         """What the optimizer gets; override for per-group learning rates or weight decay."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -91,7 +85,12 @@ class PaperModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Lightning's; but in a run the values of a training step go to `step_log`, which drops what nobody sees."""
+        """Lightning's, but the values of a training step go to `step_log`, which drops what nobody sees.
+
+        Means over ranks are exact: Lightning averages integer counts of items, and cuts off the half.
+        """
+        if options.get("batch_size") is not None:
+            options["batch_size"] = float(options["batch_size"])
         of_step = self._current_fx_name in STEP_HOOKS and not options.get("on_epoch")
         if self.step_log is None or args or not of_step or not isinstance(value, Tensor | int | float):
             super().log(name, value, *args, **options)
