@@ -14,7 +14,6 @@ from reprise.data.coco import COCO
 from reprise.data.images import DetectionSource
 from reprise.data.incremental import (
     IncrementalDetection,
-    RandomZoomOut,
     Stage,
     annotations_of,
     base_selection,
@@ -108,24 +107,6 @@ def test_an_unknown_stage_and_search_option_are_named() -> None:
     base = ShapesDetection(sizes=(4, 4, 4), scene=SCENE, batch_size=2, steps=1)
     with pytest.raises(ConfigError, match="depth"):
         IncrementalDetection(base=base, novel=["star"], proposals={"depth": 2}, batch_size=2, steps=1)
-
-
-def test_zoomed_out_boxes_stay_on_their_objects() -> None:
-    image = torch.full((4, 1, 40, 60), -1.0)
-    image[:, :, 10:30, 15:45] = 1.0
-    box = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
-    zoom = RandomZoomOut(0.4)
-    params = zoom.draw(4, torch.Generator().manual_seed(3))
-    assert ((params["factor"] == 1) | (params["factor"] >= 0.4)).all()
-    params["factor"][0], params["corner"][0] = 1.0, 0.0
-    found = zoom.apply({"image": image, "targets": [{"boxes": box}] * 4}, params)
-    torch.testing.assert_close(found["image"][0], image[0])
-    for picture, target in zip(found["image"], found["targets"], strict=True):
-        rows, columns = (picture[0] > 0.5).nonzero().unbind(1)
-        edges = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
-        centre, extent = target["boxes"][0, :2], target["boxes"][0, 2:]
-        wanted = torch.cat([centre - extent / 2, centre + extent / 2]) * torch.tensor([60.0, 40.0, 60.0, 40.0])
-        assert (edges - wanted).abs().max() <= 1.5
 
 
 def _write_coco(root: Path) -> None:

@@ -15,15 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from reprise.data.augment import Compose
 from reprise.data.cache import cached_arrays
 from reprise.data.coco import CocoItems, Record
-from reprise.data.folder import FolderDataModule, FolderSource, Sample
+from reprise.data.folder import FolderSource, Sample
 from reprise.data.images import DetectionSource
-from reprise.data.loader import Batch, EvalLoader, Source, StepLoader
+from reprise.data.loader import EvalLoader, Source, StepLoader
 from reprise.data.module import DataModule
 from reprise.data.proposals import VERSION, SearchOptions, proposals_of, selective_search
 from reprise.data.spec import DataSpec
@@ -196,40 +194,6 @@ class ProposedItems:
         return cached_arrays("proposals", key, build)["boxes"]
 
 
-@dataclass
-class RandomZoomOut:
-    """Shrink an image by a random factor onto an empty one of the same size, with probability one half.
-
-    Small objects of a known class teach the box head sizes that only unknown classes have otherwise. The image must not
-    be padded.
-
-    Args:
-        smallest: of the factor, which is uniform from here to 1.
-    """
-
-    smallest: float
-
-    def draw(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.rand(count, generator=rng) < 0.5
-        factor = self.smallest + (1 - self.smallest) * torch.rand(count, generator=rng)
-        factor = torch.where(chosen, factor, torch.ones(count))
-        return {"factor": factor, "corner": torch.rand(count, 2, generator=rng) * (1 - factor[:, None])}
-
-    def apply(self, batch: Batch, params: Mapping[str, Tensor]) -> Batch:
-        image: Tensor = batch["image"]
-        factor, corner = (params[name].to(image.device) for name in ("factor", "corner"))
-        shift = (1 - 2 * corner) / factor[:, None] - 1  # of the sampling grid, whose range is -1 to 1
-        theta = torch.zeros(len(image), 2, 3, device=image.device)
-        theta[:, 0, 0] = theta[:, 1, 1] = 1 / factor
-        theta[:, :, 2] = shift
-        grid = F.affine_grid(theta, list(image.shape), align_corners=False)
-        targets = [
-            {**target, "boxes": target["boxes"] * size + torch.cat([place, torch.zeros_like(place)])}
-            for target, size, place in zip(batch["targets"], factor, corner, strict=True)
-        ]
-        return {**batch, "image": F.grid_sample(image, grid, align_corners=False), "targets": targets}
-
-
 class IncrementalDetection(DataModule):
     """A detection data set seen class by class.
 
@@ -242,8 +206,6 @@ class IncrementalDetection(DataModule):
         stage: see the module's docstring.
         shots: boxes of each novel class in the stage `incremental`, drawn by `seed`.
         proposals: options of `SearchOptions` by name.
-        zoom_out: smallest factor of `RandomZoomOut` in training, after the base module's augmentation; 1: none. For
-            data in memory.
 
     Raises:
         ConfigError: an unknown class, stage or search option.
@@ -257,7 +219,6 @@ class IncrementalDetection(DataModule):
         stage: Stage = "base",
         shots: int = 10,
         proposals: Mapping[str, Any] | None = None,
-        zoom_out: float = 1.0,
         batch_size: int,
         steps: int,
         seed: int = 0,
@@ -272,9 +233,7 @@ class IncrementalDetection(DataModule):
             raise ConfigError(f"unknown novel classes {unknown}", looked_at="data.novel", next_step=f"of: {classes}")
         if extra := set(proposals or {}) - {field.name for field in dataclasses.fields(SearchOptions)}:
             raise ConfigError(f"unknown search options {sorted(map(str, extra))}", looked_at="data.proposals")
-        if not 0 < zoom_out <= 1 or (zoom_out < 1 and isinstance(base, FolderDataModule)):
-            raise ConfigError(f"images cannot be zoomed out by {zoom_out}", looked_at="data.zoom_out")
-        self.base, self.stage, self.shots, self.zoom_out = base, stage, shots, zoom_out
+        self.base, self.stage, self.shots = base, stage, shots
         self.search = SearchOptions(**{str(name): value for name, value in (proposals or {}).items()})
         self.novel_labels = torch.tensor([classes.index(name) for name in novel], dtype=torch.int64, device="cpu")
         known = [label for label in range(len(classes)) if classes[label] not in novel]
@@ -297,11 +256,7 @@ class IncrementalDetection(DataModule):
         return with_proposals(chosen, self.search, self.spec.num_classes)
 
     def train_dataloader(self) -> StepLoader:
-        loader = self._lent("train").train_dataloader()
-        if self.zoom_out < 1:
-            steps = [] if loader.transform is None else [loader.transform]
-            loader.transform = Compose([*steps, RandomZoomOut(self.zoom_out)])
-        return loader
+        return self._lent("train").train_dataloader()
 
     def val_dataloader(self) -> EvalLoader:
         return self._lent("val").val_dataloader()
