@@ -1,0 +1,1 @@
+"""SMKD: supervised masked knowledge distillation of class and patch tokens for few-shot transformers."""
