@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from reprise.nn.detection import DetectionScores, count_duplicates, ground_truth, set_detections, suppress
+from reprise.nn.detection import (
+    DetectionScores,
+    count_duplicates,
+    ground_truth,
+    of_classes,
+    set_detections,
+    suppress,
+    top_detections,
+)
 
 BOX = [0.0, 0.0, 10.0, 10.0]
 SHIFTED = [0.0, 1.0, 10.0, 11.0]  # IoU 9 / 11 with BOX
@@ -74,3 +82,16 @@ def test_ground_truth_in_pixels_keeps_crowds() -> None:
     (found,) = ground_truth([target], torch.tensor([[20, 40]]))
     assert found["boxes"].tolist() == [[0.0, 5.0, 40.0, 15.0]]
     assert found["iscrowd"].tolist() == [1]
+
+
+def test_top_detections_are_pairs_of_query_and_class() -> None:
+    logits = torch.tensor([[[0.0, 2.0], [1.0, -3.0], [-1.0, -2.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.25, 0.5, 0.5, 1.0], [0.1, 0.1, 0.1, 0.1]]])
+    (found,) = top_detections(logits, boxes, torch.tensor([[10, 20]]), most=3)
+    assert found["labels"].tolist() == [1, 0, 0]
+    torch.testing.assert_close(found["scores"], torch.tensor([2.0, 1.0, 0.0]).sigmoid())
+    torch.testing.assert_close(found["boxes"][0], torch.tensor([8.0, 4.0, 12.0, 6.0]))
+    torch.testing.assert_close(found["boxes"][1], torch.tensor([0.0, 0.0, 10.0, 10.0]))
+    (all_pairs,) = top_detections(logits, boxes, torch.tensor([[10, 20]]))
+    assert len(all_pairs["scores"]) == 6
+    assert of_classes(all_pairs, torch.tensor([1]))["labels"].tolist() == [1, 1, 1]

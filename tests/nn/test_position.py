@@ -48,3 +48,10 @@ def test_learned_has_columns_first() -> None:
 def test_learned_refuses_larger_maps() -> None:
     with pytest.raises(ValueError, match="51"):
         LearnedPosition2d(2)(torch.zeros(1, 3, 51, dtype=torch.bool))
+
+
+def test_a_shift_encodes_the_centres_of_cells() -> None:
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    angle = (torch.arange(1, 5) - 0.5) / (4 + 1e-6) * 2 * math.pi
+    assert torch.allclose(sine_position_2d(mask, 2, shift=0.5)[0, 2, 0], angle.sin(), atol=1e-6)
+    assert SinePosition2d(2, shift=0.5)(mask).equal(sine_position_2d(mask, 2, shift=0.5))

@@ -67,7 +67,7 @@ class CLIPModule(PaperModule):
         """
         data = self.data
         if not isinstance(data, Captioned):
-            raise ConfigError(f"{type(data).__name__} has no captions", looked_at="data", next_step="data=emoji")
+            raise ConfigError(f"{type(data).__name__} has no captions", looked_at="data", next_step="data=noto_emoji")
         if data.tokenizer.vocab_size != self.model.text.vocab_size:
             raise ConfigError(
                 f"the data has {data.tokenizer.vocab_size} tokens, the model {self.model.text.vocab_size}",
