@@ -25,7 +25,9 @@ def test_options_were_found() -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_builds(group: str, option: str) -> None:
     if group in ("optimizer", "schedule"):
-        extra = ["++schedule.milestones=[2]"] if option == "step" else []
+        written = OmegaConf.to_container(OmegaConf.load(paths.conf_dir() / group / f"{option}.yaml"))
+        missing = [key for key, value in dict(written).items() if value == "???"]
+        extra = [f"++{group}.{key}={'[2]' if key == 'milestones' else 2}" for key in missing]
         with initialize_config_dir(str(paths.conf_dir()), version_base="1.3"):
             alone = hydra_compose(f"{group}/{option}", overrides=["+steps=10", *extra])
         OmegaConf.resolve(alone)
