@@ -12,7 +12,32 @@ from torch.optim import Optimizer
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class MomentumSGD(Optimizer):
+class _ByParameter(Optimizer):
+    """An optimizer that updates each parameter by itself."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class MomentumSGD(_ByParameter):
     """SGD whose momentum is kept in a narrower type between steps: m <- g + momentum * m, p <- p - lr * m.
 
     The sum is formed in the parameter's precision and only what is stored is rounded; but the factor takes the stored
@@ -36,24 +61,6 @@ class MomentumSGD(Optimizer):
             raise ValueError(f"unknown accumulator {accumulator!r}; one of {', '.join(DTYPES)}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "accumulator": accumulator})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, dtype = self.state[parameter], DTYPES[group["accumulator"]]
         momentum = parameter.grad
@@ -66,7 +73,7 @@ class MomentumSGD(Optimizer):
         state["momentum"] = momentum.to(dtype, copy=True)
 
 
-class LARS(Optimizer):
+class LARS(_ByParameter):
     """Layer-wise adaptive rate scaling: m <- momentum * m + r * (g + weight_decay * p), p <- p - lr * m.
 
     r = trust_coefficient * |p| / |g + weight_decay * p| for each matrix (You et al. 2017, 1708.03888, section 4); 1
@@ -92,24 +99,6 @@ class LARS(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, defaults | {"trust_coefficient": trust_coefficient})
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
