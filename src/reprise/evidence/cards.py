@@ -75,11 +75,16 @@ class Published(_Strict):
 
 
 class RankException(_Strict):
-    """Where results depend on the number of ranks by design; `overrides` make a run rank-invariant, where possible."""
+    """Where results depend on the number of ranks by design.
+
+    `overrides` make a run rank-invariant, where possible; `when` are overrides that bring the exception about, where the
+    small recipe does not have it.
+    """
 
     what: Text
     reason: Text
     overrides: list[str] = []
+    when: list[str] = []
 
 
 class Card(_Strict):
