@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import reusable_executor
 
 from reprise.seeding import seed_all
 
@@ -25,6 +27,14 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 def same_random_numbers() -> None:
     """A test draws the same numbers whatever ran before it, in whichever process."""
     seed_all(0, "test")
+
+
+@pytest.fixture(autouse=True)
+def no_pool_of_another_test() -> Iterator[None]:
+    """A sweep keeps its processes for the next one, with the environment they began with: the last test's folders."""
+    yield
+    if reusable_executor._executor is not None:
+        reusable_executor._executor.shutdown(kill_workers=True)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_a_claim_in_one_process_is_a_run_a_seed_and_a_verdict(runs: Path) -> Non
     stated = json.loads((runs / "vit" / "smoke" / "verdict.json").read_text())
     assert (verdict.run.run_group, verdict.run.job_type, verdict.exit_code) == ("vit/smoke", "verdict", 0)
     assert verdict.summary["verdict"] == stated["verdict"]
-    assert any("contrasts" in row for row in verdict.history)
+    assert any(row.get("contrasts.nrows") == len(stated["secondary"]) + 1 for row in verdict.history)
     assert wandb.run is None
     assert not [path for path in runs.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
