@@ -77,8 +77,8 @@ class Published(_Strict):
 class RankException(_Strict):
     """Where results depend on the number of ranks by design.
 
-    `overrides` make a run rank-invariant, where possible; `when` are overrides that bring the exception about, where the
-    small recipe does not have it.
+    `overrides` make a run rank-invariant, where possible; `when` are overrides that bring the exception about, where
+    the small recipe does not have it.
     """
 
     what: Text
