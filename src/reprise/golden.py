@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -72,3 +73,8 @@ def load_case(folder: Path) -> StoredCase:
     )
     outputs = {name.removeprefix("out/"): value for name, value in tensors.items() if name.startswith("out/")}
     return StoredCase(folder, case, outputs, meta["tolerance"])
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf after backward, zero where the loss does not depend on it."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -15,6 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from reprise.nn.matching import Matches, PaddedTargets, Target, match, matching_cost, pad_targets
 from reprise.nn.set_loss import SetLoss, box_sums, cardinality_error, class_error, class_targets, named_by_layer
+from reprise.training.distributed import all_reduce_sum, world_size
 
 
 def classification_sums(logits: Tensor, target: Tensor, class_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,15 +79,6 @@ def matched_mask_logits(
         mask = targets[in_image]["masks"][in_object]
         wanted[row, : mask.shape[0], : mask.shape[1]] = mask.to(wanted.dtype)
     return logits.flatten(1), wanted.flatten(1)
-
-
-def distributed_sum(value: Tensor) -> tuple[Tensor, int]:
-    """(sum over all processes, number of processes); no gradient."""
-    value = value.detach().clone()
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value, 1
-    torch.distributed.all_reduce(value)
-    return value, torch.distributed.get_world_size()
 
 
 class SetCriterion(nn.Module):
@@ -193,7 +185,8 @@ class SetCriterion(nn.Module):
     def _divisors(self, weight_sum: Tensor, matches: Matches, targets: PaddedTargets) -> tuple[Tensor, Tensor]:
         """What the class sums and the box sums are divided by, both [L]."""
         pairs = matches.per_layer if self.claims else (sum(targets.counts),) * len(weight_sum)
-        sums, world = distributed_sum(torch.stack([weight_sum, weight_sum.new_tensor(pairs)]))
+        sums = all_reduce_sum(torch.stack([weight_sum.detach(), weight_sum.new_tensor(pairs)]))
+        world = world_size()
         if self.as_released:
             return weight_sum.detach(), (sums[1] / world).clamp(min=1)
         return sums[0] / world, sums[1].clamp(min=1) / world

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.golden import Adapter, GoldenCase
+from reprise.golden import Adapter, GoldenCase, gradient_of
 from reprise.nn.backbone import ResNetBackbone
 from reprise.nn.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou, xyxy_to_cxcywh
 from reprise.nn.detection import pad_images, set_detections
@@ -34,7 +34,7 @@ def box_ops(case: GoldenCase) -> Tensors:
     area_a, area_b = ((box[:, 2:] - box[:, :2]).prod(1) for box in (a_xyxy, b_xyxy))
     union = (area_a[:, None] + area_b) / (1 + iou)  # from IoU = intersection / union
     values = {"a_xyxy": a_xyxy, "iou": iou, "union": union, "giou": giou, "a_back": xyxy_to_cxcywh(a_xyxy)}
-    return {name: value.detach() for name, value in values.items()} | {"grad_a": _gradient(a)}
+    return {name: value.detach() for name, value in values.items()} | {"grad_a": gradient_of(a)}
 
 
 def mask_losses(case: GoldenCase) -> Tensors:
@@ -49,7 +49,7 @@ def mask_losses(case: GoldenCase) -> Tensors:
         logits = case.inputs["logits"].clone().requires_grad_()
         outputs[name] = loss(logits, case.inputs["targets"].float(), num_boxes)
         outputs[name].backward()
-        outputs[f"grad_{name}"] = _gradient(logits)
+        outputs[f"grad_{name}"] = gradient_of(logits)
     return {name: value.detach() for name, value in outputs.items()}
 
 
@@ -100,7 +100,7 @@ def criterion(case: GoldenCase) -> Tensors:
     loss_function = _criterion(case.config)
     loss = loss_function(logits, boxes, _targets(case, logits.shape[1]))
     loss.total.backward()
-    gradients = {"grad_logits": _gradient(logits), "grad_boxes": _gradient(boxes)}
+    gradients = {"grad_logits": gradient_of(logits), "grad_boxes": gradient_of(boxes)}
     return _losses(loss) | gradients | {"empty_weight": loss_function.class_weight}
 
 
@@ -258,12 +258,7 @@ def _detector_outputs(
 
 def _gradients(case: GoldenCase, network: torch.nn.Module) -> Tensors:
     parameters = dict(network.named_parameters())
-    return {f"grad_{name}": _gradient(parameters[name]) for name in case.config["grads"]}
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    """The gradient, zero where the loss does not depend on the leaf."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return {f"grad_{name}": gradient_of(parameters[name]) for name in case.config["grads"]}
 
 
 ADAPTERS: dict[str, Adapter] = {

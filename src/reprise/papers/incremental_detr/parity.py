@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reprise.golden import Adapter, GoldenCase
+from reprise.golden import Adapter, GoldenCase, gradient_of
 from reprise.nn.deformable import DeformableAttention, compass, deformable_attention
 from reprise.nn.detection import pad_images, top_detections
 from reprise.nn.matching import PaddedTargets, matching_cost, pad_targets
@@ -40,7 +40,7 @@ def deformable_core(case: GoldenCase) -> Tensors:
     leaves = {name: case.inputs[name].clone().requires_grad_() for name in ("value", "locations", "weights")}
     out = deformable_attention(leaves["value"], _shapes(case), leaves["locations"], leaves["weights"])
     (case.inputs["coef"] * out).sum().backward()
-    return {"out": out.detach()} | {f"grad_{name}": _gradient(leaf) for name, leaf in leaves.items()}
+    return {"out": out.detach()} | {f"grad_{name}": gradient_of(leaf) for name, leaf in leaves.items()}
 
 
 def deformable_module(case: GoldenCase) -> Tensors:
@@ -57,7 +57,7 @@ def deformable_module(case: GoldenCase) -> Tensors:
         (case.inputs["coef"] * out).sum().backward()
         gradients = {"query": query, "input": memory, **dict(attention.named_parameters())}
         outputs[f"{name}/out"] = out.detach()
-        outputs |= {f"{name}/grad_{key}": _gradient(leaf) for key, leaf in gradients.items()}
+        outputs |= {f"{name}/grad_{key}": gradient_of(leaf) for key, leaf in gradients.items()}
     return outputs
 
 
@@ -98,7 +98,9 @@ def base_criterion(case: GoldenCase) -> Tensors:
     logits, boxes = (case.inputs[name].clone().requires_grad_() for name in ("logits", "boxes"))
     outputs, loss = _stage_1(case, logits, boxes)
     loss.total.backward()
-    return outputs | {"grad_logits": _gradient(logits), "grad_boxes": _gradient(boxes)} | _matched(case, logits, boxes)
+    return (
+        outputs | {"grad_logits": gradient_of(logits), "grad_boxes": gradient_of(boxes)} | _matched(case, logits, boxes)
+    )
 
 
 def base_model(case: GoldenCase) -> Tensors:
@@ -167,7 +169,7 @@ def feature_kd_intended(case: GoldenCase) -> Tensors:
 
 def _feature_kd_outputs(loss: Tensor, features: Tensor, teacher: Tensor, distilled: Tensor) -> Tensors:
     loss.backward()
-    outputs = {"loss_kd": loss.detach(), "grad_srcs": _gradient(features), "grad_srcs_base": _gradient(teacher)}
+    outputs = {"loss_kd": loss.detach(), "grad_srcs": gradient_of(features), "grad_srcs_base": gradient_of(teacher)}
     return outputs | {f"mask{image}": cells.to(torch.uint8) for image, cells in enumerate(distilled)}
 
 
@@ -215,7 +217,7 @@ def _class_kd_scenario(case: GoldenCase, prefix: str, targets: PaddedTargets) ->
         leaf = logits.clone().requires_grad_()
         value = loss(leaf)
         value.backward()
-        outputs |= {loss_name: value.detach(), gradient: _gradient(leaf)}
+        outputs |= {loss_name: value.detach(), gradient: gradient_of(leaf)}
     return outputs
 
 
@@ -231,7 +233,7 @@ def incremental_criterion(case: GoldenCase) -> Tensors:
     loss_function = criterion_of(case.config)
     loss = loss_function.incremental(found, teacher, targets, sizes)
     loss.total.backward()
-    gradients = {f"grad_{name}": _gradient(leaf) for name, leaf in leaves.items()}
+    gradients = {f"grad_{name}": gradient_of(leaf) for name, leaf in leaves.items()}
     return _losses(loss) | gradients | _pseudo(loss_function, teacher, targets)
 
 
@@ -350,12 +352,7 @@ def _losses(loss: SetLoss) -> Tensors:
 
 def _gradients(case: GoldenCase, network: torch.nn.Module) -> Tensors:
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    return {f"grad_{name}": _gradient(parameters[name]) for name in case.config["grads"]}
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    """The gradient, zero where the loss does not depend on the leaf."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return {f"grad_{name}": gradient_of(parameters[name]) for name in case.config["grads"]}
 
 
 ADAPTERS: dict[str, Adapter] = {
