@@ -54,9 +54,7 @@ class _InParts(_AutomaticOptimization):
         assert clear is not None
         return Closure(partial(self._forward, kwargs, optimizer, clear), self._make_backward_fn(optimizer))
 
-    def _forward(
-        self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, clear: Callable[[], None]
-    ) -> ClosureResult:
+    def _forward(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, clear: Callable[[], None]) -> ClosureResult:
         """The last part's result, its value the mean loss over all parts."""
         clear()
         self._module.whole_batch = kwargs["batch"]

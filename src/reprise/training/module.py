@@ -61,8 +61,8 @@ class PaperModule(LightningModule):
         schedule: a factory from an optimizer to a learning-rate schedule stepped once per training step, or None.
 
     Attributes:
-        refuses: what the method cannot do, and why: `accumulation` (the batch in parts, trainer.accumulate_grad_batches)
-            or `sharding` (trainer=fsdp). A run that asks for it ends with the reason.
+        refuses: what the method cannot do, and why: `accumulation` (trainer.accumulate_grad_batches) or `sharding`
+            (trainer=fsdp). A run that asks for it ends with the reason.
         parts: in how many parts a step goes through its batch; the losses of the parts are averaged.
         whole_batch: with more parts than one, all of them, for losses that divide by a count over the batch.
     """

@@ -35,7 +35,6 @@ from reprise.training.runfolder import MetricsFile, RunFolder, write_atomic, wri
 from reprise.training.steps import StepMetrics
 from reprise.training.strategies import ShardedStrategy, ddp
 
-
 # What the trainer's configuration says that is ours to do, and not Lightning's.
 OWN_OPTIONS = ("accumulate_grad_batches", "activation_checkpointing", "gradient_compression")
 
