@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,22 +29,33 @@ class Failure:
         return f"{type(self.error).__name__}: {self.error}"
 
 
+def portable(error: Exception) -> RepriseError:
+    """The error if it is a user's and survives the way between two processes, else a plain one that says the same."""
+    if isinstance(error, RepriseError):
+        try:
+            if str(pickle.loads(pickle.dumps(error))) == str(error):
+                return error
+        except Exception:  # whatever its parts raise
+            return RepriseError(str(error))
+    return RepriseError(f"{type(error).__name__}: {error}")
+
+
 def task(hydra_config: DictConfig) -> dict[str, float] | Failure:
     """One job: the resolved configuration, launched with the ranks it asks for."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from reprise.config import register_resolvers, resolve
-    from reprise.training.jobs import refuse_when_stopped
     from reprise.training.launch import launch
+    from reprise.training.stopping import begin_as_job
 
     register_resolvers()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        refuse_when_stopped()
+        begin_as_job()
         return launch(resolve(hydra_config), show_progress=single and sys.stderr.isatty())
     except Exception as error:
-        return Failure(error, traceback.format_exc())
+        return Failure(error if single else portable(error), traceback.format_exc())
     except KeyboardInterrupt:
         if single:
             raise

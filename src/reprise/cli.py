@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reprise.errors import InterruptedRunError, RepriseError
+from reprise.errors import RepriseError
 
 HYDRA_HELP = (
     "any Hydra overrides, e.g. experiment=vit/small seed=3 optimizer.lr=0.01; and Hydra's flags (-m, --cfg job)"
@@ -109,7 +109,9 @@ def search(args: argparse.Namespace) -> int:
     for failure in outcome.failures:
         print(f"reprise: {failure}", file=sys.stderr)
     if outcome.stopped:
-        raise InterruptedRunError("the search was stopped", next_step="run the same command again to go on")
+        from reprise.training.stopping import kind_of_stop
+
+        raise kind_of_stop(outcome.stopped)("the search was stopped", next_step="run the same command again to go on")
     return 0 if outcome.best else 1
 
 
@@ -119,8 +121,10 @@ def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
     if not isinstance(outcome, SweepOutcome) or outcome.dry_run:
         return 0
     if outcome.stopped:
+        from reprise.training.stopping import kind_of_stop
+
         done = sum(job.finished for job in outcome.jobs)
-        raise InterruptedRunError(
+        raise kind_of_stop(outcome.stopped)(
             f"stopped; {done} of {len(outcome.jobs)} runs are finished and the others saved where they were",
             next_step="run the same command again to go on",
         )
@@ -144,6 +148,7 @@ def _conclude(outcome: object) -> None:
     from reprise.config import compose_job
     from reprise.evidence.panel import render_panel
     from reprise.evidence.report import build_index, build_report
+    from reprise.evidence.sweeps import add_sweep
     from reprise.evidence.verdict import make_verdict, write_verdict
     from reprise.training.jobs import SweepOutcome
     from reprise.training.mirrors import mirror_conclusion
@@ -154,6 +159,8 @@ def _conclude(outcome: object) -> None:
     for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.jobs):
         if not any(job.finished for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)):
             continue
+        if outcome.seconds:
+            add_sweep(runs, slug, scale, seconds=outcome.seconds, jobs_at_once=outcome.jobs_at_once)
         verdict = make_verdict(runs, slug, scale)
         write_verdict(verdict, runs)
         example = next(job for job in outcome.jobs if (job.slug, job.scale) == (slug, scale))

@@ -49,6 +49,10 @@ class DivergedError(RepriseError):
     """Training produced a loss that is not finite."""
 
 
+class RunInUseError(RepriseError):
+    """Another process is running the same run; its folder is not this process's to write."""
+
+
 class InterruptedRunError(RepriseError):
     """The user asked to stop; the run was saved."""
 

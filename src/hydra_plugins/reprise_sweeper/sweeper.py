@@ -61,7 +61,15 @@ class RepriseSweeper(Sweeper):
         if self.search:
             return self._search(arguments)
         jobs = [self._job(combination) for combination in self._combinations(arguments)]
-        return run_jobs(jobs, self.launcher, dry_run=self.dry_run)
+        return run_jobs(jobs, self.launcher, dry_run=self.dry_run, jobs_at_once=self._jobs_at_once())
+
+    def _jobs_at_once(self) -> int | None:
+        """What joblib's and Hydra's own launcher run together; None for a cluster, which decides that itself."""
+        launcher = self.config.hydra.launcher
+        if str(launcher.get("_target_", "")).endswith("BasicLauncher"):
+            return 1
+        count = launcher.get("n_jobs")
+        return count if isinstance(count, int) and count > 0 else None
 
     def _search(self, arguments: Sequence[str]) -> Any:
         from reprise.search.loop import Settings, run_search

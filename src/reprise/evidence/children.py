@@ -48,7 +48,7 @@ class Rank:
         names = {"RANK": self.number, "LOCAL_RANK": self.number, "GROUP_RANK": 0}
         names |= {"WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world, "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="children")
+        os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID=str(self.store))
         distributed.init_process_group(
             "gloo", init_method=f"file://{self.store}", rank=self.number, world_size=self.world
         )

@@ -16,7 +16,7 @@ from reprise.evidence.claims import load_claim
 from reprise.evidence.diagnostics import ArmDiagnostics, diagnose
 from reprise.evidence.files import write_text
 from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
-from reprise.evidence.verdict import ContrastResult, Verdict, judge
+from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -115,18 +115,17 @@ def build_index(runs_dir: Path) -> Path:
 
 def _index_row(runs_dir: Path, slug: str) -> IndexRow:
     """A paper whose card or claim is wrong is shown as such: it must not hide the others."""
+    labels = [label for label in scale_labels(runs_dir, slug) if label in discovery.SCALES]
     try:
-        card, claim = load_card(slug), load_claim(slug)
+        card, verdicts = load_card(slug), [make_verdict(runs_dir, slug, label) for label in labels]
     except ConfigError as error:
         return IndexRow(slug, slug, "", [], error.problem)
-    labels = [label for label in scale_labels(runs_dir, slug) if label in discovery.SCALES]
-    verdicts = [judge(slug, label, claim.at(label), find_runs(runs_dir, slug, label)) for label in labels]
     return IndexRow(slug, card.title, card.family, verdicts)
 
 
 def _section(runs_dir: Path, slug: str, label: str, card: Card) -> ScaleSection:
     claim, runs = load_claim(slug).at(label), find_runs(runs_dir, slug, label)
-    verdict = judge(slug, label, claim, runs)
+    verdict = make_verdict(runs_dir, slug, label)
     finished = [run for run in runs if run.is_finished and run.arm in claim.arms and run.seed in verdict.seeds]
     by_arm = {name: [run.curves() for run in finished if run.arm == name] for name in claim.arms}
     metrics = figures.shown_metrics([curves for arm in by_arm.values() for curves in arm], claim.metrics())
@@ -208,6 +207,7 @@ def _environment() -> Environment:
         "duration": formatting.duration,
         "size": formatting.size,
         "count": formatting.count,
+        "cost": cost,
     }
     environment.globals |= {"symbols": SYMBOLS}
     return environment

@@ -11,10 +11,10 @@ from reprise import discovery
 from reprise.errors import ConfigError
 from reprise.evidence.cards import Card, load_card
 from reprise.evidence.files import write_text
-from reprise.evidence.formatting import duration, interval, markdown_table, number, signed
+from reprise.evidence.formatting import interval, markdown_table, number, signed
 from reprise.evidence.results_file import embed, read_results, seal
 from reprise.evidence.runs import scale_labels
-from reprise.evidence.verdict import ContrastResult, Verdict, make_verdict
+from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict
 
 
 def write_results(runs_dir: Path, slug: str) -> Path:
@@ -134,5 +134,5 @@ def _environment(verdict: Verdict) -> list[str]:
     versions = ", ".join(f"{name} {'/'.join(found)}" for name, found in verdict.versions.items())
     machines = "; ".join(verdict.machines) or "an unnamed machine"
     commits = ", ".join(verdict.git_commits) or "unknown"
-    runs = f"{verdict.finished_runs} runs, {duration(verdict.seconds)} in all, on {machines}"
+    runs = f"{verdict.finished_runs} runs, {cost(verdict)}, on {machines}"
     return [f"{runs}; commit {commits}; {versions or 'versions unknown'}.", ""]

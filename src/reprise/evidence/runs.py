@@ -69,6 +69,12 @@ class RunRecord:
         value = self.info.get("seconds")
         return float(value) if isinstance(value, int | float) else 0.0
 
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Processor time; None for a run from before it was recorded."""
+        value = self.info.get("cpu_seconds")
+        return float(value) if isinstance(value, int | float) else None
+
     def curves(self) -> Curves:
         """Metric -> (step, value) in file order; a torn last line is left out."""
         return self._table("metrics.csv")

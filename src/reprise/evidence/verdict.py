@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from reprise.evidence.claims import TUNING_SEEDS_FROM, Arm, Contrast, ScaledClaim, load_claim
 from reprise.evidence.files import read_json, write_json
+from reprise.evidence.formatting import duration
 from reprise.evidence.runs import RunRecord, find_runs
 from reprise.evidence.statistics import Interval, Outcome, Summary, compare, summarise
+from reprise.evidence.sweeps import read_sweep
 
 
 class _Record(BaseModel):
@@ -86,6 +88,9 @@ class Verdict(_Record):
         seeds: the seeds of the claim and any other verdict seed that was run.
         config_hashes: `arm/seed=n` -> hash of the resolved configuration.
         seconds: of all finished runs together.
+        cpu_seconds: processor time of all finished runs that recorded it.
+        wall_seconds: of the sweeps that made the runs; None where none was recorded.
+        jobs_at_once: of the last sweep; None where its launcher does not say.
     """
 
     paper: str
@@ -105,6 +110,9 @@ class Verdict(_Record):
     machines: list[str]
     seconds: float
     finished_runs: int
+    cpu_seconds: float | None = None
+    wall_seconds: float | None = None
+    jobs_at_once: int | None = None
 
     def contrasts(self) -> list[ContrastResult]:
         return [self.primary, *self.secondary]
@@ -116,7 +124,9 @@ def make_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
     Raises:
         ConfigError: no such paper, or its claim is wrong or says nothing about the scale.
     """
-    return judge(slug, scale, load_claim(slug).at(scale), find_runs(runs_dir, slug, scale))
+    sweep = read_sweep(runs_dir, slug, scale)
+    verdict = judge(slug, scale, load_claim(slug).at(scale), find_runs(runs_dir, slug, scale))
+    return verdict.model_copy(update={"wall_seconds": sweep.seconds, "jobs_at_once": sweep.jobs_at_once})
 
 
 def write_verdict(verdict: Verdict, runs_dir: Path) -> Path:
@@ -159,6 +169,7 @@ def judge(slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord]) 
         machines=_distinct(describe_machine(run) for run in records),
         seconds=sum(run.seconds for run in records),
         finished_runs=len(records),
+        cpu_seconds=_sum_of_known(run.cpu_seconds for run in records),
     )
 
 
@@ -234,12 +245,28 @@ def _versions(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return {name: sorted(found) for name, found in sorted(versions.items())}
 
 
+def cost(verdict: Verdict) -> str:
+    """What the runs of a verdict took, in words."""
+    parts = [f"{duration(verdict.seconds)} in all"]
+    if verdict.cpu_seconds is not None:
+        parts.append(f"{duration(verdict.cpu_seconds)} of processor time")
+    if verdict.wall_seconds is not None:
+        at_once = "" if verdict.jobs_at_once is None else f" with {verdict.jobs_at_once} at once"
+        parts.append(f"{duration(verdict.wall_seconds)} from start to end{at_once}")
+    return ", ".join(parts)
+
+
 def describe_machine(run: RunRecord) -> str:
     """The `machine` of run.json in one line."""
     machine = run.info.get("machine")
     if isinstance(machine, dict):
         return ", ".join(f"{key} {value}" for key, value in machine.items() if value not in (None, "", [], {}))
     return run.text("machine")
+
+
+def _sum_of_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class SearchOutcome:
         trials: all of them, in order.
         best: the best finished one, or None.
         failures: a line for each run that failed.
-        stopped: whether the user ended it early.
+        stopped: the signal that ended it early, or None.
     """
 
     folder: Path
@@ -75,7 +76,7 @@ class SearchOutcome:
     trials: list[FrozenTrial]
     best: FrozenTrial | None
     failures: list[str]
-    stopped: bool
+    stopped: signal.Signals | None
 
 
 def run_search(settings: Settings, space: Space, make_job: MakeJob, launcher: Any) -> SearchOutcome:
@@ -87,8 +88,8 @@ def run_search(settings: Settings, space: Space, make_job: MakeJob, launcher: An
     folder.mkdir(parents=True, exist_ok=True)
     with only_search(folder), _run_folders_in(folder):
         search = _Search(settings, space, make_job, launcher, folder.resolve() / "journal.log")
-        stopped = not search.go_on()
-        outcome = search.outcome(folder, stopped)
+        search.go_on()
+        outcome = search.outcome(folder)
     _write(outcome)
     return outcome
 
@@ -113,19 +114,19 @@ class _Search:
         self.journal = journal
         self.study: Study = open_study(journal, settings.direction)
         self.failures: list[str] = []
+        self.stopped: signal.Signals | None = None
 
-    def go_on(self) -> bool:
-        """Run batches until all trials are told; False where the user stopped."""
+    def go_on(self) -> None:
+        """Run batches until all trials are told, or until the search is stopped."""
         while batch := self._batch():
             if not self._run(batch):
-                return False
+                return
             if batch[0].number == 0 and len(self.failures) == len(batch):
                 raise RepriseError(
                     f"no run of the first trials ended: {self.failures[0]}",
                     looked_at=self.journal.parent,
                     next_step="correct the cause, then run the command again",
                 )
-        return True
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -146,7 +147,8 @@ class _Search:
         for position, seed in enumerate(self.space.seeds):
             jobs = {number: self._job(number, seed, prunable=position == 0) for number in racing}
             outcome = run_jobs(list(jobs.values()), self.launcher)
-            if outcome.stopped:
+            self.stopped = outcome.stopped
+            if self.stopped:
                 return False
             racing = {number: [*racing[number], job] for number, job in jobs.items() if job.finished}
             pruned = self._pruned()
@@ -180,13 +182,13 @@ class _Search:
         callback = f"+callbacks.search={{_target_: reprise.search.pruning.PruneTrial, {options}}}"
         return self.make_job(self.space.overrides(self._params(number), seed), [callback] if prunable else [])
 
-    def outcome(self, folder: Path, stopped: bool) -> SearchOutcome:
+    def outcome(self, folder: Path) -> SearchOutcome:
         from optuna.trial import TrialState
 
         trials = self._trials()
         complete = any(trial.state == TrialState.COMPLETE for trial in trials)
         best = self.study.best_trial if complete else None
-        return SearchOutcome(folder, self.settings.metric, self.space, trials, best, self.failures, stopped)
+        return SearchOutcome(folder, self.settings.metric, self.space, trials, best, self.failures, self.stopped)
 
 
 def last_value(folder: Path, metric: str) -> float:

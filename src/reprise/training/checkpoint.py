@@ -16,6 +16,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from reprise.errors import CheckpointError, RepriseError
+from reprise.training.ownership import is_alive
 
 FORMAT = "reprise-1"
 logger = logging.getLogger(__name__)
@@ -145,8 +146,10 @@ class ExactCheckpoint(Callback):
         good = [file for file in files if file <= newest]
         for file in {*files} - {*good[-self.keep :]}:
             file.unlink(missing_ok=True)
-        for scratch in self.folder.glob(".step=*"):  # of a process that was killed in the middle of a write
-            scratch.unlink(missing_ok=True)
+        for scratch in self.folder.glob(".step=*"):
+            pid = scratch.suffix[1:]
+            if not pid.isdigit() or not is_alive(int(pid)):  # it was killed in the middle of a write
+                scratch.unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["reprise"] = {"format": FORMAT, "step": self._step, **self.identity}

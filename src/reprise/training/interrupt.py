@@ -6,36 +6,21 @@ SIGTERM and SIGUSR1 are pre-emption: they save and stop with exit code 75, which
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from reprise.errors import InterruptedRunError, PreemptedRunError
 from reprise.training.checkpoint import ExactCheckpoint, current_step
+from reprise.training.stopping import SIGNALS, kind_of_stop, stop_of_the_sweep, tell_the_sweep
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STOP_VARIABLE = "REPRISE_STOP_FILE"  # names a file; a job of a sweep that finds it does not start
-
-
-def tell_the_sweep() -> None:
-    """Let the waiting jobs of the sweep that this process belongs to (if any) know that they shall not start."""
-    if name := os.environ.get(STOP_VARIABLE):
-        with contextlib.suppress(OSError):
-            Path(name).touch()
-
-
-def sweep_is_stopped() -> bool:
-    """Whether the sweep that this process belongs to (if any) was asked to stop."""
-    return Path(os.environ.get(STOP_VARIABLE, "")).is_file()
+LOOK_EVERY = 1.0  # seconds between two looks at whether the sweep was stopped
 
 
 class StopRequest:
@@ -43,6 +28,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._looked = time.monotonic()
+
+    def look_at_the_sweep(self) -> None:
+        """A sweep that was stopped asks its running jobs to stop, wherever they run."""
+        if self.signal is None and time.monotonic() - self._looked >= LOOK_EVERY:
+            self._looked = time.monotonic()
+            self.signal = stop_of_the_sweep()
 
     def listen(self) -> None:
         """Install our handlers (again): Lightning puts its own in their place when a fit begins."""
@@ -69,8 +61,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        if number == signal.SIGINT:
-            tell_the_sweep()
+        tell_the_sweep(number)
 
 
 class StopBetweenSteps(Callback):
@@ -88,7 +79,7 @@ class StopBetweenSteps(Callback):
             return
         step = current_step(trainer)
         number = self._signal_of_any_rank(trainer)
-        kind = InterruptedRunError if number == signal.SIGINT else PreemptedRunError
+        kind = kind_of_stop(number)
         if self.checkpoint is None:
             raise kind(f"stopped by {number.name} at step {step}; this run keeps no checkpoints")
         path = self.checkpoint.save(trainer, step)
@@ -99,6 +90,7 @@ class StopBetweenSteps(Callback):
         )
 
     def _requested(self, trainer: Trainer) -> bool:
+        self.request.look_at_the_sweep()
         mine = self.request.signal is not None
         if trainer.world_size == 1:
             return mine

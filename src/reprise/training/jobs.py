@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,9 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from reprise import config as configuration
-from reprise.errors import ConfigError, InterruptedRunError
-from reprise.training.interrupt import STOP_VARIABLE, sweep_is_stopped, tell_the_sweep
-from reprise.training.runfolder import RunFolder, write_json
+from reprise.app import Failure, portable
+from reprise.errors import ConfigError, InterruptedRunError, RepriseError, RunInUseError
+from reprise.training.lost_jobs import lost_jobs_handed_back
+from reprise.training.runfolder import RunFolder, now, write_json
+from reprise.training.stopping import GraceIsOver, stop_of_the_sweep, stopping_gently
 
 STARTS_TOGETHER = 2  # of jobs whose worker processes die; then each by itself
 
@@ -47,10 +48,11 @@ class Job:
     @classmethod
     def of(cls, overrides: Sequence[str], hydra_config: DictConfig) -> Job:
         """The job of complete overrides and of what Hydra composed from them."""
-        return cls._of(overrides, configuration.resolve(hydra_config))
+        return cls.of_resolved(overrides, configuration.resolve(hydra_config))
 
     @classmethod
-    def _of(cls, overrides: Sequence[str], cfg: DictConfig) -> Job:
+    def of_resolved(cls, overrides: Sequence[str], cfg: DictConfig) -> Job:
+        """The same of what `config.resolve` made of it."""
         earlier = configuration.earlier_stage(cfg)
         return cls(
             overrides=tuple(overrides),
@@ -61,7 +63,7 @@ class Job:
             arm=str(cfg.arm),
             seed=int(cfg.seed),
             steps=int(cfg.steps),
-            after=None if earlier is None else cls._of(cfg.start_from.overrides, earlier),
+            after=None if earlier is None else cls.of_resolved(cfg.start_from.overrides, earlier),
         )
 
     @property
@@ -75,23 +77,31 @@ class Job:
 
 @dataclass
 class SweepOutcome:
-    """What became of the jobs of a sweep."""
+    """What became of the jobs of a sweep.
+
+    Attributes:
+        stopped: the signal that ended it early.
+        seconds: wall time.
+        jobs_at_once: how many its launcher ran together; None where the launcher does not say.
+    """
 
     jobs: list[Job]
     skipped: list[Job] = field(default_factory=list)
     failed: list[tuple[Job, str]] = field(default_factory=list)
     dry_run: bool = False
-    stopped: bool = False
+    stopped: signal.Signals | None = None
+    seconds: float = 0.0
+    jobs_at_once: int | None = None
 
 
-def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepOutcome:
+def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False, jobs_at_once: int | None = None) -> SweepOutcome:
     """Run what is not finished yet, earlier stages first; one failed job stops only those that continue from it."""
     _refuse_collisions(jobs)
     waves = in_waves(jobs)
     jobs = [job for wave in waves for job in wave]
     skipped = [job for job in jobs if job.finished]
     todo = [job for job in jobs if not job.finished]
-    outcome = SweepOutcome(jobs, skipped, dry_run=dry_run)
+    outcome = SweepOutcome(jobs, skipped, dry_run=dry_run, jobs_at_once=jobs_at_once)
     console = Console(stderr=True)
     if dry_run:
         _list_jobs(jobs, Console())
@@ -100,12 +110,12 @@ def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False) -> SweepO
         console.print(f"{len(skipped)} of {len(jobs)} runs are finished already; {len(todo)} to do")
     if not todo:
         return outcome
-    for job in todo:  # so that the live view does not show the progress of an earlier attempt
-        (job.folder / "progress.json").unlink(missing_ok=True)
+    began = time.monotonic()
     with live_view(todo, len(skipped), console), stopping_gently(console) as stop:
         for wave in waves:
             _run_wave([job for job in wave if not job.finished], launcher, outcome)
-    outcome.stopped = stop.requested
+        outcome.stopped = stop.signal
+    outcome.seconds = time.monotonic() - began
     return outcome
 
 
@@ -141,69 +151,50 @@ def _run_wave(jobs: Sequence[Job], launcher: Any, outcome: SweepOutcome) -> None
 def _launch(jobs: Sequence[Job], launcher: Any, outcome: SweepOutcome) -> bool:
     """Run what of the jobs is not finished; False where a process of joblib's pool died, and with it all the others."""
     todo = [job for job in jobs if not job.finished]
-    if not todo or sweep_is_stopped():
+    if not todo or stop_of_the_sweep() is not None:
         return True
     try:
-        returns = launcher.launch([list(job.overrides) for job in todo], initial_job_idx=0)
+        with lost_jobs_handed_back(launcher):
+            returns = launcher.launch([list(job.overrides) for job in todo], initial_job_idx=0)
     except BrokenExecutor:
         return False
+    except GraceIsOver:
+        return True
+    except RepriseError:
+        raise
+    except Exception as error:  # whatever a launcher raises, it has not said what became of the jobs: the disk does
+        failure = Failure(portable(error), traceback.format_exc())
+        returns = [JobReturn(status=JobStatus.COMPLETED, _return_value={} if job.finished else failure) for job in todo]
     _note_failures(todo, returns, outcome)
     return True
 
 
 def _note_failures(jobs: Sequence[Job], returns: Sequence[Any], outcome: SweepOutcome) -> None:
     for job, result in zip(jobs, returns, strict=True):
-        if not isinstance(result.return_value, dict):
-            outcome.failed.append((job, result.return_value.message))
-            _leave_trace(job, result.return_value)
+        value = _handed_back(result)
+        if isinstance(value, Failure):
+            outcome.failed.append((job, value.message))
+            _leave_trace(job, value)
 
 
-@dataclass
-class Stop:
-    """Whether the user asked the sweep to stop."""
-
-    requested: bool = False
-
-
-@contextmanager
-def stopping_gently(console: Console) -> Iterator[Stop]:
-    """Ctrl-C once: running jobs (which get the signal too) save and end, waiting ones do not start. Twice: stop now."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "stop"
-
-        def on_ctrl_c(number: int, frame: FrameType | None) -> None:
-            tell_the_sweep()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            console.print("stopping: the running jobs are being saved; Ctrl-C again stops at once")
-
-        before = signal.signal(signal.SIGINT, on_ctrl_c)
-        os.environ[STOP_VARIABLE] = str(file)
-        try:
-            yield stop
-        finally:
-            stop.requested = file.exists()
-            signal.signal(signal.SIGINT, before)
-            os.environ.pop(STOP_VARIABLE, None)
+def _handed_back(result: JobReturn) -> Any:
+    try:
+        return result.return_value
+    except Exception as error:  # Hydra's own, from before or after the job: it is kept until someone asks
+        return Failure(portable(error), traceback.format_exc())
 
 
-def refuse_when_stopped() -> None:
-    """Raise in a job whose sweep was stopped before the job began."""
-    if sweep_is_stopped():
-        raise InterruptedRunError("not started, because the sweep was stopped")
-
-
-def _leave_trace(job: Job, failure: Any) -> None:
+def _leave_trace(job: Job, failure: Failure) -> None:
     """A failed job's folder says why, also when the job died before it had one."""
-    if isinstance(failure.error, InterruptedRunError):
-        return  # the folder is as the last checkpoint left it, or the job never began
+    if isinstance(failure.error, InterruptedRunError | RunInUseError):
+        return  # the folder is as the last checkpoint left it, or the job never began, or it is another process's
     folder = RunFolder(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").write_text(failure.trace)
-    if folder.read("run.json") is None:
+    known = folder.read("run.json")
+    if known is not None and known.get("status") == "running":  # it died without a word
+        folder.correct(status="failed", finished=now(), error=failure.message, exit_code=1)
+    elif known is None:
         facts = {"paper": job.slug, "scale": job.scale, "arm": job.arm, "seed": job.seed}
         facts |= {"config_hash": job.config_hash, "status": "failed", "error": failure.message}
         write_json(job.folder / "run.json", facts)
@@ -247,6 +238,7 @@ class _View:
         self.jobs = jobs
         self.skipped = skipped
         self.began = time.monotonic()
+        self.stale = {job.folder: RunFolder(job.folder).read("progress.json") for job in jobs}
         self.first = sum(self._fractions())
 
     def _fractions(self) -> list[float]:
@@ -255,8 +247,13 @@ class _View:
     def _fraction(self, job: Job) -> float:
         if job.finished:
             return 1.0
-        progress = RunFolder(job.folder).read("progress.json")
+        progress = self._progress(job)
         return min(progress["step"] / max(progress["steps"], 1), 0.99) if progress else 0.0
+
+    def _progress(self, job: Job) -> dict[str, Any] | None:
+        """What the job says of this attempt, and not what an earlier one left."""
+        progress = RunFolder(job.folder).read("progress.json")
+        return None if progress == self.stale[job.folder] else progress
 
     def seconds_left(self, fractions: Sequence[float]) -> float | None:
         done = sum(fractions) - self.first
@@ -275,7 +272,7 @@ class _View:
         fractions = self._fractions()
         for job, fraction in zip(self.jobs, fractions, strict=True):
             if 0 < fraction < 1:
-                progress = RunFolder(job.folder).read("progress.json") or {}
+                progress = self._progress(job) or {}
                 note = f"{progress.get('phase', '')} {progress.get('step', 0)}/{progress.get('steps', job.steps)}"
                 table.add_row(job.name, ProgressBar(total=1, completed=fraction, width=30), note)
         total = Table.grid(padding=(0, 2))

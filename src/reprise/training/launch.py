@@ -11,75 +11,98 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
+from typing import IO
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from reprise import config as configuration
-from reprise.errors import InterruptedRunError, PreemptedRunError, RepriseError
-from reprise.training.interrupt import SIGNALS
+from reprise.errors import InterruptedRunError, RepriseError
+from reprise.training.jobs import Job, live_view
+from reprise.training.machine import ranks_to_start
+from reprise.training.ownership import only_writer
+from reprise.training.ranks import first_error
 from reprise.training.run import train
-from reprise.training.runfolder import RunFolder, write_atomic
+from reprise.training.runfolder import RunFolder, now, write_atomic
+from reprise.training.stopping import SIGNALS, kind_of_stop, tell_the_sweep
+from reprise.training.usage import Usage
+from reprise.training.worker import LAUNCHER_VARIABLE
 
 
 def launch(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
     """Run a configuration with one process per device of this machine and return its test metrics.
 
     The earlier stage that it continues from is run first, where it is not finished.
+
+    Raises:
+        ConfigError: the devices that it asks for are not there.
+        RepriseError: of the run; of several ranks the one that explains the others.
     """
+    ranks = ranks_to_start(cfg)
     earlier = configuration.earlier_stage(cfg)
     if earlier is not None:
         launch(earlier, show_progress=show_progress)
-    ranks = local_ranks(cfg)
-    if ranks == 1 or "RANK" in os.environ:
+    if ranks == 1:
         return train(cfg, show_progress=show_progress)
-    return _launch_ranks(cfg, ranks)
+    return _launch_ranks(cfg, ranks, show_progress)
 
 
-def local_ranks(cfg: DictConfig) -> int:
-    """Processes to start on this machine; 1 where a cluster (srun, torchrun) has already started one per device."""
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return 1
-    devices = cfg.trainer.devices
-    if isinstance(devices, int):
-        return devices
-    raise RepriseError(
-        f"trainer.devices must be a number, not {devices!r}",
-        looked_at="trainer.devices",
-        next_step="say how many devices of this machine to use, e.g. trainer.devices=8",
-    )
-
-
-def _launch_ranks(cfg: DictConfig, ranks: int) -> dict[str, float]:
+def _launch_ranks(cfg: DictConfig, ranks: int, show_progress: bool) -> dict[str, float]:
     folder = RunFolder(configuration.run_dir(cfg))
     config_hash = configuration.config_hash(cfg)
-    if folder.is_finished(config_hash):
-        return (folder.read("summary.json") or {})["metrics"]
-    folder.prepare(config_hash)
-    path = folder.path / "config.yaml"
-    write_atomic(path, OmegaConf.to_yaml(cfg))
+    with only_writer(folder.path):  # rank 0 holds the lock next
+        if folder.is_finished(config_hash):
+            return folder.metrics()
+        folder.prepare(config_hash)
+        write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
+        cpu_before, usage = folder.used_so_far(folder.read("run.json") or {})[1], Usage()
+    with _messages_of_ranks(folder) as log, _progress(cfg, show_progress):
+        child = subprocess.Popen(_command(folder, ranks), env=_environment(cfg), stderr=log, start_new_session=True)
+        code, asked = _wait_and_forward_signals(child)
+    folder.correct(cpu_seconds=round(cpu_before + usage.cpu_seconds, 3))
+    if code == 0 and folder.is_finished(config_hash):
+        return folder.metrics()
+    error = first_error(folder) or _unexplained_end(folder, code, asked)
+    status = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+    folder.correct(status=status, finished=now(), error=str(error), exit_code=error.exit_code)
+    raise error
+
+
+def _command(folder: RunFolder, ranks: int) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["--signals-to-handle", ",".join(number.name for number in SIGNALS)]
-    command += ["-m", "reprise.training.worker", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cfg.threads)}
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    code, asked = _wait_and_forward_signals(child)
-    summary, run = folder.read("summary.json"), folder.read("run.json") or {}
-    if code == 0 and summary:
-        return summary["metrics"]
-    raise _kind_of_end(run.get("exit_code"), asked)(
-        run.get("error") or f"the processes of the run ended with code {code}",
-        looked_at=folder.path,
-        next_step="run the same command again; it continues from the last checkpoint",
-    )
+    return [*command, "-m", "reprise.training.worker", str(folder.path / "config.yaml")]
 
 
-def _kind_of_end(exit_code: int | None, asked: int | None) -> type[RepriseError]:
-    """The error that says how the ranks ended: by rank 0's own account, or by the signal that came before it began."""
-    if exit_code is None and asked is not None:
-        return InterruptedRunError if asked == signal.SIGINT else PreemptedRunError
-    known: list[type[RepriseError]] = [InterruptedRunError, PreemptedRunError]
-    return next((kind for kind in known if kind.exit_code == exit_code), RepriseError)
+def _environment(cfg: DictConfig) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(cfg.threads), LAUNCHER_VARIABLE: str(os.getpid())}
+
+
+@contextmanager
+def _messages_of_ranks(folder: RunFolder) -> Iterator[IO[bytes] | None]:
+    """`ranks.log`, which takes what each rank says of the same end; None (our own stderr) with REPRISE_TRACEBACK."""
+    if os.environ.get("REPRISE_TRACEBACK"):
+        yield None
+        return
+    with (folder.path / "ranks.log").open("wb") as log:
+        yield log
+
+
+def _progress(cfg: DictConfig, show: bool) -> AbstractContextManager[None]:
+    return live_view([Job.of_resolved((), cfg)], 0, Console(stderr=True)) if show else nullcontext()
+
+
+def _unexplained_end(folder: RunFolder, code: int, asked: int | None) -> RepriseError:
+    """The ranks left no error: they were stopped before they began, or killed."""
+    again = "run the same command again; it continues from the last checkpoint"
+    if asked is not None:
+        name = signal.Signals(asked).name
+        return kind_of_stop(asked)(f"stopped by {name} before the run began", looked_at=folder.path, next_step=again)
+    problem = f"the processes of the run ended with code {code}"
+    return RepriseError(problem, looked_at=folder.path / "ranks.log", next_step=again)
 
 
 def _wait_and_forward_signals(child: subprocess.Popen[bytes]) -> tuple[int, int | None]:
@@ -88,6 +111,7 @@ def _wait_and_forward_signals(child: subprocess.Popen[bytes]) -> tuple[int, int 
 
     def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)
+        tell_the_sweep(number)
         os.killpg(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}

@@ -20,7 +20,7 @@ from rich.console import Console
 from reprise import paths
 from reprise.config import register_resolvers
 from reprise.errors import ConfigError, InterruptedRunError, RepriseError
-from reprise.training.interrupt import sweep_is_stopped
+from reprise.training.stopping import stop_of_the_sweep
 
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs exchange configurations and metrics only
 CARRIED = ("REPRISE_", "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_DIR")
@@ -174,7 +174,7 @@ def _wait(ray: ModuleType, references: Sequence[Any]) -> None:
     pending, told = list(references), False
     while pending:
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=1.0)
-        if pending and not told and sweep_is_stopped():
+        if pending and not told and stop_of_the_sweep() is not None:
             told = True
             for reference in pending:
                 ray.cancel(reference, force=False)

@@ -17,6 +17,7 @@ from reprise.seeding import seed_all
 from reprise.training.checkpoint import current_step
 from reprise.training.module import PaperModule
 from reprise.training.runfolder import MetricsFile, RunFolder, write_json
+from reprise.training.usage import Usage
 
 
 class RunLogger(Logger):
@@ -67,12 +68,11 @@ class ProgressReport(Callback):
 
     def __init__(self, folder: RunFolder, steps: int, title: str, show: bool) -> None:
         self.folder, self.steps, self.title, self.show = folder, steps, title, show
-        self._began = self._written = time.monotonic()
+        self._usage, self._written = Usage(), time.monotonic()
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.monotonic()
-        self._write(current_step(trainer), "train")
+        self._write(trainer, current_step(trainer), "train")
         if self.show and trainer.is_global_zero:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -89,8 +89,8 @@ class ProgressReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._written >= 1.0 and trainer.is_global_zero:
-            self._write(current_step(trainer) + 1, "train")
+        if time.monotonic() - self._written >= 1.0:
+            self._write(trainer, current_step(trainer) + 1, "train")
             if self._bar is not None:
                 self._bar.update(self._task, completed=current_step(trainer) + 1)
 
@@ -104,15 +104,18 @@ class ProgressReport(Callback):
             self._bar.update(self._task, completed=self.steps)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(self.steps, "test")
+        self._write(trainer, self.steps, "test")
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def _write(self, step: int, phase: str) -> None:
+    def _write(self, trainer: Trainer, step: int, phase: str) -> None:
+        if not trainer.is_global_zero:
+            return
         self._written = time.monotonic()
-        self.folder.progress(step, self.steps, phase, self._written - self._began)
+        used = self._usage
+        self.folder.progress(step, self.steps, phase, seconds=used.seconds, cpu_seconds=used.cpu_seconds)
 
 
 def save_pictures(module: PaperModule, folder: RunFolder) -> None:

@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import shlex
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,12 +27,17 @@ from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, new
 from reprise.training.diagnostics import Timing
 from reprise.training.instantiate import instantiate
 from reprise.training.interrupt import StopBetweenSteps, StopRequest
+from reprise.training.machine import rank, ranks_are_there, start_name
 from reprise.training.mirrors import finished_mirrors, make_mirrors
 from reprise.training.module import PaperModule
+from reprise.training.ownership import only_writer
+from reprise.training.ranks import await_end, await_start, text_of, write_rank_error
 from reprise.training.recording import ProgressReport, Reseed, RunLogger, save_pictures
 from reprise.training.runfolder import MetricsFile, RunFolder, write_atomic, write_json
 from reprise.training.steps import StepMetrics
+from reprise.training.stopping import GraceIsOver
 from reprise.training.strategies import ShardedStrategy, ddp
+from reprise.training.usage import Usage
 
 # What the trainer's configuration says that is ours to do, and not Lightning's.
 OWN_OPTIONS = ("accumulate_grad_batches", "activation_checkpointing", "gradient_compression")
@@ -69,26 +73,77 @@ def train(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
     folder = RunFolder(configuration.run_dir(cfg))
     config_hash = configuration.config_hash(cfg)
     if folder.is_finished(config_hash):
-        return (folder.read("summary.json") or {})["metrics"]
-    rank = _rank()
-    if rank == 0:
-        with _full_disk_explained(folder):
-            folder.prepare(config_hash)
-            write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
-            folder.start(_facts(cfg, config_hash))
-    began = time.monotonic()
-    try:
-        with _quiet_lightning(), _full_disk_explained(folder):
+        return folder.metrics()
+    if rank() > 0:
+        return _train_after_rank_0(cfg, folder, config_hash)
+    with _full_disk_explained(folder), only_writer(folder.path):
+        if folder.is_finished(config_hash):  # by the process that held the lock
+            return folder.metrics()
+        folder.prepare(config_hash)
+        write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
+        folder.start(_facts(cfg, config_hash))
+        usage = Usage()
+        with _recorded(folder, usage):
             metrics = _fit_and_test(cfg, folder, config_hash, show_progress)
-        if rank == 0:
-            with _full_disk_explained(folder):
-                write_json(folder.path / "summary.json", {"metrics": metrics})
-                folder.end("finished", seconds=time.monotonic() - began)
-    except BaseException as error:
-        if rank == 0:
-            _record_failure(folder, error, time.monotonic() - began)
-        raise
+            write_json(folder.path / "summary.json", {"metrics": metrics})
+            folder.end("finished", seconds=usage.seconds, cpu_seconds=usage.cpu_seconds)
     return metrics
+
+
+def _train_after_rank_0(cfg: DictConfig, folder: RunFolder, config_hash: str) -> dict[str, float]:
+    """The run as another rank: rank 0 prepares the folder first, and has closed it when this returns."""
+    if await_start(folder, config_hash, start_name()):
+        return folder.metrics()
+    try:
+        with _full_disk_explained(folder):
+            metrics = _fit_and_test(cfg, folder, config_hash, show=False)
+    except BaseException as error:
+        write_rank_error(folder, rank(), error)
+        raise
+    await_end(folder, config_hash)
+    return metrics
+
+
+@contextlib.contextmanager
+def _recorded(folder: RunFolder, usage: Usage) -> Iterator[None]:
+    """run.json says how the body failed, if it does; beside other ranks, so does a file of this rank."""
+    try:
+        with _full_disk_explained(folder):
+            yield
+    except BaseException as error:
+        stopped = isinstance(error, InterruptedRunError | KeyboardInterrupt | GraceIsOver)
+        code = error.exit_code if isinstance(error, RepriseError) else 130 if stopped else 1
+        status = "interrupted" if stopped else "failed"
+        seconds, cpu_seconds = usage.seconds, usage.cpu_seconds
+        with contextlib.suppress(OSError):  # a full disk must not hide the first error
+            folder.end(status, seconds=seconds, cpu_seconds=cpu_seconds, error=text_of(error), exit_code=code)
+        if ranks_are_there():
+            write_rank_error(folder, 0, error)
+        raise
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's advice about loaders and devices does not apply here: loaders are functions of the step."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for pattern in (
+            ".*dataloader.*",
+            ".*transfer_batch_to_device.*",
+            ".*DataLoader.*",
+            ".*GPU available.*",
+            ".*LeafSpec.*",
+            ".*treespec.*",
+        ):
+            warnings.filterwarnings("ignore", message=pattern)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -106,6 +161,7 @@ def _full_disk_explained(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
+@_quiet_lightning()
 def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bool) -> dict[str, float]:
     parts = build(cfg)
     earlier = configuration.earlier_stage(cfg)
@@ -116,7 +172,7 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
     start = found[1] if found else 0
     curves = MetricsFile(folder.path / "metrics.csv")
     timing = Timing(MetricsFile(folder.path / "timing.csv"), parts.data.examples_per_step)
-    if _rank() == 0:
+    if rank() == 0:
         curves.cut_back(start)
         timing.file.cut_back(start)
     request = StopRequest()
@@ -287,11 +343,6 @@ def checkpoint_of(trainer: pl.Trainer) -> ExactCheckpoint:
     return next(item for item in trainer.callbacks if isinstance(item, ExactCheckpoint))  # type: ignore[attr-defined]
 
 
-def _rank() -> int:
-    """This process's rank, as torchrun or srun numbers it; 0 where there is only one."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def _facts(cfg: DictConfig, config_hash: str) -> dict[str, Any]:
     return {
         "paper": cfg.slug,
@@ -299,39 +350,8 @@ def _facts(cfg: DictConfig, config_hash: str) -> dict[str, Any]:
         "arm": cfg.arm,
         "seed": cfg.seed,
         "config_hash": config_hash,
+        "start": start_name(),
     }
-
-
-def _record_failure(folder: RunFolder, error: BaseException, seconds: float) -> None:
-    interrupted = isinstance(error, InterruptedRunError | KeyboardInterrupt)
-    text = str(error) if isinstance(error, RepriseError) else f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):  # a full disk must not hide the first error
-        code = error.exit_code if isinstance(error, RepriseError) else 130 if interrupted else 1
-        folder.end("interrupted" if interrupted else "failed", seconds=seconds, error=text, exit_code=code)
-
-
-@contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Lightning's advice about loaders and devices does not apply here: loaders are functions of the step."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for pattern in (
-            ".*dataloader.*",
-            ".*transfer_batch_to_device.*",
-            ".*DataLoader.*",
-            ".*GPU available.*",
-            ".*LeafSpec.*",
-            ".*treespec.*",
-        ):
-            warnings.filterwarnings("ignore", message=pattern)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def read_config(path: Path) -> DictConfig:

@@ -31,6 +31,8 @@ VERSIONED = (
     "scipy",
 )
 
+RANK_ERRORS = "error.rank=*.json"
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
@@ -45,6 +47,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=1, sort_keys=False) + "\n")
+
+
+def cannot_be_written(folder: Path, error: OSError) -> RepriseError:
+    """The error for a place where no run folder can be made."""
+    return RepriseError(
+        f"the run folder cannot be written: {error.strerror or error}",
+        looked_at=folder.resolve(),
+        next_step="free space or choose another folder with REPRISE_RUNS=DIR",
+    )
 
 
 @dataclass
@@ -66,12 +77,10 @@ class RunFolder:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / ".writable", "")
             (self.path / ".writable").unlink()
+            for old in self.path.glob(RANK_ERRORS):
+                old.unlink(missing_ok=True)
         except OSError as error:
-            raise RepriseError(
-                f"the run folder cannot be written: {error.strerror or error}",
-                looked_at=self.path.resolve(),
-                next_step="free space or choose another folder with REPRISE_RUNS=DIR",
-            ) from error
+            raise cannot_be_written(self.path, error) from error
 
     def _move_aside(self, old_hash: str) -> None:
         target = self.path.with_name(f"{self.path.name}~old-{old_hash[:8]}")
@@ -93,15 +102,21 @@ class RunFolder:
         run, summary = self.read("run.json"), self.read("summary.json")
         return bool(run and summary and run.get("status") == "finished" and run.get("config_hash") == config_hash)
 
+    def metrics(self) -> dict[str, float]:
+        """The test metrics of a finished run."""
+        return (self.read("summary.json") or {})["metrics"]
+
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Write run.json for a run that begins or continues (the first start time and the seconds so far are kept)."""
+        """Write run.json for a run that begins or continues; the first start and the time used so far are kept."""
         before = self.read("run.json") or {}
+        seconds, cpu_seconds = self.used_so_far(before)
         content = {
             **facts,
             "status": "running",
             "started": before.get("started", now()),
             "finished": None,
-            "seconds": before.get("seconds", 0.0),
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "error": None,
             "exit_code": None,
             "git_commit": git_commit(),
@@ -110,17 +125,37 @@ class RunFolder:
             "command": " ".join(sys.argv),
         }
         write_json(self.path / "run.json", content)
+        (self.path / "progress.json").unlink(missing_ok=True)  # its time is counted now
 
-    def end(self, status: str, *, seconds: float, error: str | None = None, exit_code: int = 0) -> None:
+    def used_so_far(self, run: Mapping[str, Any]) -> tuple[float, float]:
+        """Wall and processor seconds; what was killed could tell them by its progress only."""
+        left = self.read("progress.json") if run.get("status") == "running" else None
+        wall, cpu = (run.get(key, 0.0) + (left or {}).get(key, 0.0) for key in ("seconds", "cpu_seconds"))
+        return round(wall, 3), round(cpu, 3)
+
+    def end(
+        self, status: str, *, seconds: float, cpu_seconds: float = 0.0, error: str | None = None, exit_code: int = 0
+    ) -> None:
         """Record how the run ended; `exit_code` is that of its process."""
         content = self.read("run.json") or {}
-        total = content.get("seconds", 0.0) + seconds
-        content.update(status=status, finished=now(), seconds=round(total, 3), error=error, exit_code=exit_code)
+        for key, used in (("seconds", seconds), ("cpu_seconds", cpu_seconds)):
+            content[key] = round(content.get(key, 0.0) + used, 3)
+        content.update(status=status, finished=now(), error=error, exit_code=exit_code)
         write_json(self.path / "run.json", content)
 
-    def progress(self, step: int, steps: int, phase: str, seconds: float) -> None:
-        """Say how far the run is; the live view of `reprise reproduce` reads it."""
-        content = {"step": step, "steps": steps, "phase": phase, "seconds": round(seconds, 3), "updated": time.time()}
+    def correct(self, **changes: Any) -> None:
+        """Change what run.json says of a run whose process has ended, without losing the time that it used."""
+        content = self.read("run.json")
+        if content is None or not changes:
+            return
+        seconds, cpu_seconds = self.used_so_far(content)
+        content.update({"seconds": seconds, "cpu_seconds": cpu_seconds, **changes})
+        write_json(self.path / "run.json", content)
+
+    def progress(self, step: int, steps: int, phase: str, *, seconds: float, cpu_seconds: float) -> None:
+        """Say how far the run is; the live view of `reprise reproduce` reads it, and the next start after a kill."""
+        content = {"step": step, "steps": steps, "phase": phase, "seconds": round(seconds, 3)}
+        content |= {"cpu_seconds": round(cpu_seconds, 3), "updated": time.time()}
         write_atomic(self.path / "progress.json", json.dumps(content))
 
 
