@@ -42,6 +42,8 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["experiment=vit/small", "paper._target_=os.system"], "'os.system' is not allowed"),
         (["experiment=vit/small", "data=unheard_of"], "unheard_of"),
         (["experiment=vit/small", "trainer.devices=auto"], "must be a number"),
+        (["experiment=vit/small", "trainer.devices=0"], "must be a number from 1 up, not 0"),
+        (["experiment=vit/small", "trainer=ddp_cpu", "trainer.num_nodes=2"], "scripts/slurm/train_nodes.sbatch"),
         (["experiment=vit/small", "+optimizer.typo=1"], "the optimizer cannot be built"),
     ],
 )
@@ -100,6 +102,37 @@ import reprise.training.classification as c; c.nn.functional.cross_entropy = bro
     assert "step=000000001.ckpt" in failed.stderr
     run = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
     assert run["status"] == "failed"
+
+
+NAN_ON_RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch.nn.functional as F
+    loss, calls = F.cross_entropy, []
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (float("nan") if len(calls) == 2 else 1)
+    F.cross_entropy = broken
+"""
+
+
+@pytest.mark.slow
+def test_a_nan_on_another_rank_gives_one_message_with_step_and_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NAN_ON_RANK_1)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    config = write_config(smoke_config("vit", "trainer=ddp_cpu"), tmp_path)
+    failed = run_child(config, tmp_path / "runs", fault="")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("the training loss became NaN or infinite at step 1, with the training items [")
+    assert len(failed.stderr.splitlines()) == 3, failed.stderr
+    folder = next((tmp_path / "runs").rglob("run.json")).parent
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["status"], run["error"]) == ("failed", failed.stderr.strip())
+    assert run["cpu_seconds"] > 0
+    assert "Traceback" in (folder / "ranks.log").read_text(), "what the other rank met stays to be read"
+    assert json.loads((folder / "error.rank=1.json").read_text())["kind"] == "DivergedError"
 
 
 SLOW_STEPS = """

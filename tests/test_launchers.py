@@ -18,6 +18,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from reprise.cli import main
 from reprise.config import compose
+from reprise.training.ownership import is_alive
 from reprise.training.ray_jobs import resources_of
 
 pytestmark = pytest.mark.slow
@@ -191,6 +192,51 @@ def test_a_killed_process_of_the_local_pool_is_started_again(tmp_path: Path) -> 
     code, errors = finish(child)
     assert code == 0, errors
     assert set(metrics(tmp_path)) == {"seed=100", "seed=101"}
+
+
+@pytest.mark.parametrize("how", [("seed=100,101",), ("seed=100", "trainer=ddp_cpu", "hydra/launcher=basic")])
+def test_a_killed_sweep_leaves_nothing_behind_and_goes_on(tmp_path: Path, how: tuple[str, ...]) -> None:
+    runs, whole = tmp_path / "runs", tmp_path / "whole"
+    child = start(runs, *LONG, *how)
+    wait_for(lambda: list(runs.rglob("step=*.ckpt")), child)
+    below = descendants(child.pid)
+    assert below
+    child.kill()  # its children, some in sessions of their own, get no signal
+    child.wait()
+    code, errors = finish(start(runs, *LONG, *how))
+    assert code == 0, errors
+    assert not list(filter(is_alive, below))
+    run = json.loads(next(runs.rglob("run.json")).read_text())
+    assert run["seconds"] > 0
+    assert finish(start(whole, *LONG, *how))[0] == 0
+    assert metrics(runs) == metrics(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_pre_empted_sweep_saves_its_jobs_and_asks_for_another_start(tmp_path: Path, number: signal.Signals) -> None:
+    child = start(tmp_path, "steps=3000", "val_every=3000", "seed=100,101,102")
+    wait_for(lambda: len(list(tmp_path.rglob("progress.json"))) == 2, child)
+    child.send_signal(number)  # to the sweep alone
+    code, errors = finish(child)
+    assert code == 75, errors
+    assert "run the same command again to go on" in errors
+    assert len(list(tmp_path.rglob("step=*.ckpt"))) == 2
+    assert {json.loads(path.read_text())["exit_code"] for path in tmp_path.rglob("run.json")} == {75}
+    assert not list((tmp_path / ".stops").iterdir())
+
+
+def test_a_lost_job_of_submitit_costs_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    submitit = ("hydra/launcher=submitit_local", f"hydra.launcher.submitit_folder={tmp_path}/jobs")
+    child = start(tmp_path, *LONG, "seed=100,101", *submitit, "hydra.launcher.timeout_min=5")
+    wait_for(lambda: checkpointed(tmp_path, 100), child)
+    lock = next(tmp_path.rglob(".seed=100.lock"))
+    os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+    code, errors = finish(child)
+    assert code == 1
+    assert "seed=100 did not finish: the cluster lost the job" in errors
+    assert "1 of 2 runs did not finish" in errors
+    assert list(metrics(tmp_path)) == ["seed=101"]
 
 
 NODES = {"a": "10.213.77.1", "b": "10.213.77.2"}

@@ -55,8 +55,12 @@ def test_a_claim_ends_in_a_verdict_and_a_report(capsys: pytest.CaptureFixture[st
     assert len(summaries(runs)) == 2 * len(ARMS)
     verdict = json.loads((runs / "vit" / "smoke" / "verdict.json").read_text())
     assert verdict["primary"]["verdict"] == "inconclusive", "two seeds can never be enough"
+    assert verdict["wall_seconds"] > 0
+    assert verdict["jobs_at_once"] >= 1
+    assert verdict["cpu_seconds"] > 0
     html = (runs / "vit" / "report.html").read_text()
     assert "<html" in html
+    assert "of processor time" in html
     assert "http://" not in html.replace("http://www.w3.org", ""), "self-contained"
     times = {path: path.stat().st_mtime_ns for path in runs.rglob("summary.json")}
     assert reproduce("seed=0,1") == 0

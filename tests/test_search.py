@@ -63,7 +63,7 @@ def test_only_validation_may_choose() -> None:
         Settings("test/accuracy")
 
 
-class KilledError(Exception):
+class KilledError(BaseException):
     """Stands for the death of the searching process."""
 
 

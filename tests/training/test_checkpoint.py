@@ -46,9 +46,15 @@ def test_damaged_later_files_do_not_count(tmp_path: Path) -> None:
     keeper.folder = tmp_path
     for step in (5, 10, 15, 20):
         write(tmp_path, step)
-    (tmp_path / ".step=000000020.ckpt.123").write_bytes(b"half")
+    (tmp_path / ".step=000000020.ckpt.99999999").write_bytes(b"half, and its writer is dead")
+    living = tmp_path / f".step=000000020.ckpt.{os.getppid()}"
+    living.write_bytes(b"being written")
     keeper._tidy(tmp_path / "step=000000015.ckpt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=000000010.ckpt", "step=000000015.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        living.name,
+        "step=000000010.ckpt",
+        "step=000000015.ckpt",
+    ]
 
 
 def test_none_in_an_empty_folder(tmp_path: Path) -> None:

@@ -70,6 +70,23 @@ def test_seconds_add_up_over_restarts(tmp_path: Path) -> None:
     assert run["seconds"] == 5
 
 
+def test_the_time_of_a_killed_start_counts(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare("x")
+    for seconds in (7, 2):
+        folder.start({"config_hash": "x"})
+        folder.progress(1, 2, "train", seconds=seconds, cpu_seconds=seconds + 1)
+    folder.start({"config_hash": "x"})  # the two before were killed
+    folder.end("finished", seconds=3, cpu_seconds=4)
+    run = folder.read("run.json")
+    assert run is not None
+    assert (run["seconds"], run["cpu_seconds"]) == (12, 15)
+    folder.start({"config_hash": "x"})
+    run = folder.read("run.json")
+    assert run is not None
+    assert run["seconds"] == 12
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RepriseError, match="cannot be written"):
