@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,26 @@ class NoRoom:
 
     def __call__(self) -> None:
         after_step(self.step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size)), 0)
+
+
+@dataclass(frozen=True)
+class SlowOwner:
+    """Rank 0 takes its time to prepare a run folder and to say that the run has ended."""
+
+    seconds: float
+
+    def __call__(self) -> None:
+        from reprise.training.runfolder import RunFolder
+
+        for name in ("prepare", "end"):
+            setattr(RunFolder, name, self._slow(getattr(RunFolder, name)))
+
+    def _slow(self, method: Any) -> Any:
+        def slow(*arguments: Any, **options: Any) -> Any:
+            time.sleep(self.seconds)
+            return method(*arguments, **options)
+
+        return slow
 
 
 def after_step(step: int, do: Any, rank: int) -> None:

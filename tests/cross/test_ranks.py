@@ -20,6 +20,7 @@ import torch
 
 from reprise.evidence import children
 from reprise.evidence.cards import Card, load_card
+from reprise.evidence.claims import load_claim
 from reprise.evidence.states import differences, final_state
 from reprise.training.runfolder import RunFolder
 from tests.cross import faults
@@ -195,6 +196,18 @@ def test_a_rank_without_a_client(slug: str, references: References, tmp_path: Pa
     one_client = f"data.sample_ratio={1.5 / data.num_clients}"
     found = compare(slug, str(SMOKE[slug].arm), 2, [one_client, *invariant(slug)], references, tmp_path)
     assert not unexcused(slug, found), found
+
+
+STAGED = [(slug, arm) for slug, arm in ARMS if load_claim(slug).arms[arm].after][:1]
+
+
+@pytest.mark.parametrize(("slug", "arm"), STAGED)
+def test_ranks_that_a_cluster_started_wait_for_rank_0_between_stages(slug: str, arm: str, tmp_path: Path) -> None:
+    cfg = smoke_config(slug, f"arm={arm}", "trainer=ddp_cpu", *invariant(slug))
+    config = children.write_config(cfg, tmp_path)
+    for ended in children.run_ranks(config, tmp_path / "runs", 2, before=faults.SlowOwner(1.5)):
+        assert ended.code == 0, ended.messages[-3000:]
+    assert len(list((tmp_path / "runs").rglob("summary.json"))) >= 2
 
 
 @pytest.mark.proves("ranks", "continued on another number of ranks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
 from reprise.app import Failure, portable
+from reprise.config import compose
 from reprise.errors import InterruptedRunError, PreemptedRunError, RepriseError, RunInUseError
 from reprise.training import stopping
 from reprise.training.jobs import Job, SweepOutcome, run_jobs
+from reprise.training.launch import _progress
 from reprise.training.runfolder import RunFolder, write_json
 from reprise.training.stopping import begin_as_job, stop_of_the_sweep
 
@@ -133,6 +136,11 @@ def test_a_job_does_not_begin_for_a_sweep_that_has_ended(monkeypatch: pytest.Mon
         begin_as_job()
     monkeypatch.setenv(stopping.SWEEP_VARIABLE, "elsewhere/pid:[1] 99999999")
     begin_as_job()
+
+
+def test_a_run_of_several_ranks_is_shown_while_it_lasts() -> None:
+    with _progress(compose(["experiment=vit/small", "smoke=true", "trainer=ddp_cpu"]), show=True):
+        assert any(thread.name == "reprise-live-view" for thread in threading.enumerate())
 
 
 class UnpicklableError(RepriseError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reprise.errors import CheckpointError, DivergedError, PreemptedRunError, RepriseError
+from reprise.errors import CheckpointError, DivergedError, InterruptedRunError, PreemptedRunError, RepriseError
 from reprise.training.ranks import await_end, await_start, first_error, write_rank_error
 from reprise.training.runfolder import RunFolder, write_json
 
@@ -43,6 +43,12 @@ def test_of_unforeseen_errors_the_first_one_counts(folder: RunFolder) -> None:
     assert found is not None
     assert found.problem == "rank 1: KeyError: 'cause'"
     assert "ranks.log" in str(found)
+
+
+def test_a_second_ctrl_c_is_a_stop_and_no_failure(folder: RunFolder) -> None:
+    write_rank_error(folder, 0, KeyboardInterrupt())
+    write_rank_error(folder, 1, RuntimeError("connection closed by peer"))
+    assert type(first_error(folder)) is InterruptedRunError
 
 
 def test_errors_of_an_earlier_start_are_forgotten(folder: RunFolder) -> None:

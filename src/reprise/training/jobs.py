@@ -222,7 +222,7 @@ def live_view(jobs: Sequence[Job], skipped: int, console: Console) -> Iterator[N
     stop = threading.Event()
     view = _View(jobs, skipped)
     target = _animate if console.is_terminal else _log_lines
-    thread = threading.Thread(target=target, args=(view, stop, console), daemon=True)
+    thread = threading.Thread(target=target, args=(view, stop, console), name="reprise-live-view", daemon=True)
     thread.start()
     try:
         yield

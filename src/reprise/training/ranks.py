@@ -62,6 +62,8 @@ def text_of(error: BaseException) -> str:
 
 def write_rank_error(folder: RunFolder, rank: int, error: BaseException) -> None:
     """Leave `error.rank=<n>.json`, from which `first_error` makes the error again."""
+    if isinstance(error, KeyboardInterrupt):
+        error = InterruptedRunError("stopped before it could save")
     content: dict[str, Any] = {"kind": type(error).__name__, "at": time.time()}
     if isinstance(error, RepriseError):
         looked_at = None if error.looked_at is None else str(error.looked_at)
