@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from reprise.distributed import all_reduce_sum, world_size
 from reprise.nn.matching import Matches, PaddedTargets, Target, match, matching_cost, pad_targets
 from reprise.nn.set_loss import SetLoss, box_sums, cardinality_error, class_error, class_targets, named_by_layer
-from reprise.training.distributed import all_reduce_sum, world_size
 
 
 def classification_sums(logits: Tensor, target: Tensor, class_weight: Tensor) -> tuple[Tensor, Tensor]:

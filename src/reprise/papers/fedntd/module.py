@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from reprise.data.federated import Federated
 from reprise.data.loader import Batch, EvalLoader
+from reprise.distributed import all_reduce_sum
 from reprise.errors import ConfigError
 from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
 from reprise.papers.fedntd.measures import class_hits, forgetting, in_and_out_local
 from reprise.papers.fedntd.model import FedAvgNet
-from reprise.training.distributed import all_reduce_sum
 from reprise.training.federated import (
     ClientTraining,
     FlatModel,
