@@ -187,7 +187,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
 
     try:
         container = OmegaConf.to_container(cfg, resolve=False)
-        plain = {str(key): value for key, value in dict(container).items() if key != "hydra"}  # type: ignore[arg-type]
+        assert isinstance(container, dict)
+        plain = {str(key): value for key, value in container.items() if key != "hydra"}
         kept = OmegaConf.create(plain)
         resolved = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

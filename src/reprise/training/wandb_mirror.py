@@ -165,12 +165,12 @@ def start(**options: Any) -> Any:
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=False,
     )
-    mode = "offline" if not has_key() else os.environ.get("WANDB_MODE", "online")
+    mode: Any = "offline" if not has_key() else os.environ.get("WANDB_MODE", "online")
     if mode == "offline":
         tell("this run is kept offline (no key, or WANDB_MODE=offline); `wandb sync` uploads it later")
         return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
     try:
-        return wandb.init(mode=mode, reinit="create_new", settings=settings, **options)  # type: ignore[arg-type]
+        return wandb.init(mode=mode, reinit="create_new", settings=settings, **options)
     except wandb.Error as error:
         tell(f"the server cannot be used ({error}), so this run is kept offline; `wandb sync` uploads it later")
         return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
