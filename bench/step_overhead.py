@@ -49,8 +49,8 @@ def since(moment: Moment) -> Moment:
 
 def bare_steps(parts: Parts, cfg: DictConfig) -> Iterator[None]:
     """One step each time: data, forward, backward, clipping, update and schedule, without any of ours."""
-    module = parts.module.train()
-    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    module: Any = parts.module.train()
+    module.log = module.log_dict = lambda *args, **kwargs: None
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for number, batch in enumerate(islice(iter(parts.data.train_dataloader()), STEPS)):
