@@ -26,12 +26,13 @@ SMOKE = ("steps=4", "val_every=2", "data.batch_size=8", "data.limit=64", "data.e
 # Keys that do not change what is computed, so that they change neither the hash nor the name of a run.
 NEUTRAL = re.compile(
     r"^(hydra([./]|$)|experiment$|arm$|slug$|seed$|smoke$|variant$|logger([./@]|$)|callbacks([./@]|$)|trainer$|threads$"
-    r"|trainer\.(accelerator|devices|num_nodes|strategy)(\.|$))"
+    r"|trainer\.(accelerator|devices|num_nodes|strategy|activation_checkpointing)(\.|$))"
 )
 HASHED_KEYS = ("slug", "paper", "data", "optimizer", "schedule", "steps", "val_every", "seed")
 # What an earlier stage shares with the run that continues from it, of all that the user typed.
 SHARED_BY_STAGES = re.compile(r"^(seed|smoke|threads|logger|callbacks|trainer)([./@]|$)")
 HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
+HASHED_WHERE_SET = ("gradient_compression",)  # came later; null leaves the hashes of earlier runs as they are
 
 
 def register_resolvers() -> None:
@@ -262,8 +263,9 @@ def config_hash(cfg: DictConfig) -> str:
     """16 hex digits over everything that decides the numbers of a run, its earlier stages included."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    decisive = {key: plain.get(key) for key in HASHED_KEYS}
+    decisive: dict[str, Any] = {key: plain.get(key) for key in HASHED_KEYS}
     decisive["trainer"] = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
+    decisive["trainer"] |= {key: value for key in HASHED_WHERE_SET if (value := plain["trainer"].get(key)) is not None}
     earlier = earlier_stage(cfg)
     if earlier is not None:
         decisive["start_from"] = config_hash(earlier)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reprise.errors import CheckpointError
 from reprise.golden import find_cases, load_case
@@ -22,6 +22,7 @@ from reprise.papers.detr.parity import ADAPTERS
 from reprise.papers.detr.segmentation import BoxAttention, DETRSegmentation
 from reprise.papers.detr.transformer import Transformer
 from reprise.papers.detr.weights import import_weights
+from reprise.training.weights import read_weights
 
 
 def _count(module: nn.Module) -> int:
@@ -201,8 +202,7 @@ def test_import_of_an_official_checkpoint_and_leftover_keys(tmp_path: Path) -> N
     for parameter in other.parameters():
         parameter.data.normal_()
     torch.save({"model": other.state_dict(), "epoch": 3}, tmp_path / "detr.pth")
-    state: dict[str, Tensor] = torch.load(tmp_path / "detr.pth", weights_only=True)
-    model.load_state_dict(import_weights(state, model))
+    model.load_state_dict(import_weights(read_weights(tmp_path / "detr.pth"), model))
     assert torch.equal(model.class_embed.weight, other.class_embed.weight)
     broken = other.state_dict()
     broken["class_embed.extra"] = broken.pop("class_embed.bias")

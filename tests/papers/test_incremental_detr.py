@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor
 
 from reprise.errors import CheckpointError
@@ -338,8 +339,7 @@ def test_learning_rates() -> None:
 
 def test_official_weights_of_both_stages() -> None:
     tuned, novel = _tiny(stage="self_supervised"), _tiny()
-    state = {"model": tuned.state_dict()}
-    cut = import_weights(state, novel)
+    cut = import_weights(tuned.state_dict(), novel)
     assert torch.equal(cut["class_embed.0.weight"], tuned.state_dict()["class_embed.0.weight"][:-1])
     both = {}
     for name, value in novel.state_dict().items():
@@ -352,7 +352,23 @@ def test_official_weights_of_both_stages() -> None:
     assert torch.equal(teacher["transformer.level_embed"], both["transformer.level_embed"] + 1)
     assert torch.equal(teacher["query_embed.weight"], both["query_embed.weight"])
     with pytest.raises(CheckpointError, match="lacks keys"):
-        import_weights({"model": {}}, novel)
+        import_weights({}, novel)
+
+
+def test_whole_checkpoints_of_every_stage_are_imported(tmp_path: Path) -> None:
+    model = recipe_model("incremental_detr/small")
+    wanted = model.state_dict()
+    base = save_checkpoint(tmp_path / "checkpoint_base.pth", model, model=wanted)
+    assert_equal(imported("incremental_detr/small", base), wanted)
+    pseudo = {
+        name: torch.cat([value, value[:1]]) if name.startswith("class_embed.") else value
+        for name, value in wanted.items()
+    }
+    tuned = save_checkpoint(tmp_path / "checkpoint_base_finetuned.pth", model, model=pseudo)
+    assert_equal(imported("incremental_detr/small", tuned), wanted)
+    teacher = {name.replace(".", "_base.", 1): value + 1 for name, value in wanted.items() if "query_embed" not in name}
+    novel = save_checkpoint(tmp_path / "checkpoint.pth", model, model=wanted | teacher)
+    assert_equal(imported("incremental_detr/small", novel), wanted)
 
 
 def test_golden_cases_of_every_kind_have_an_adapter(goldens: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from reprise.papers.moco.module import MomentumContrast
 from reprise.papers.moco.probe import LinearClassifier
 from reprise.papers.moco.weights import import_backbone, import_weights, official_name
 from reprise.training.schedules import epoch_cosine
+from reprise.training.weights import read_weights
 
 
 def resnet(**options: Any) -> ResNet:
@@ -219,6 +222,16 @@ def test_official_names_come_back() -> None:
     assert "module.queue_ptr" in official
     mapped = import_weights(official, model)
     assert all(torch.equal(value, mapped[key]) for key, value in model.state_dict().items())
+
+
+def test_whole_checkpoints_are_imported(tmp_path: Path) -> None:
+    model = recipe_model("moco/small")
+    assert isinstance(model, MoCo)
+    official = {f"module.{official_name(key, residual=True)}": value for key, value in model.state_dict().items()}
+    whole = save_checkpoint(tmp_path / "checkpoint_0199.pth.tar", model, state_dict=official)
+    assert_equal(imported("moco/small", whole), model.state_dict())
+    trunk = import_backbone(read_weights(whole), model.encoder)
+    assert torch.equal(trunk["conv1.weight"], model.encoder.first_layer)
 
 
 def test_trunk_alone_is_imported_and_leftovers_are_named() -> None:

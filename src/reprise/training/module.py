@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -58,7 +59,17 @@ class PaperModule(LightningModule):
     Args:
         optimizer: a factory from parameter groups to an optimizer (a Hydra `_partial_`).
         schedule: a factory from an optimizer to a learning-rate schedule stepped once per training step, or None.
+
+    Attributes:
+        refuses: what the method cannot do, and why: `accumulation` (trainer.accumulate_grad_batches) or `sharding`
+            (trainer=fsdp). A run that asks for it ends with the reason.
+        parts: in how many parts a step goes through its batch; the losses of the parts are averaged.
+        whole_batch: with more parts than one, all of them, for losses that divide by a count over the batch.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = {}
+    parts: int = 1
+    whole_batch: Any = None
 
     def __init__(self, optimizer: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
         super().__init__()
@@ -100,6 +111,16 @@ class PaperModule(LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The batch as it is on the CPU, where batches are made; Lightning would look at every tensor of it."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning's, and under FSDP, where each rank holds a part of the gradient, by the norm of the whole."""
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            wrapper.clip_grad_norm_(gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def continue_from(self, state: Mapping[str, Tensor]) -> None:
         """Take over what the earlier stage ended with; called before training where the arm has an `after`.

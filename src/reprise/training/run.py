@@ -22,6 +22,8 @@ from reprise import config as configuration
 from reprise.data.module import DataModule
 from reprise.errors import CheckpointError, ConfigError, InterruptedRunError, RepriseError
 from reprise.seeding import seed_all
+from reprise.training.accumulation import accumulate
+from reprise.training.blocks import checkpoint_activations
 from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, newest_checkpoint
 from reprise.training.diagnostics import Timing
 from reprise.training.instantiate import instantiate
@@ -31,6 +33,10 @@ from reprise.training.module import PaperModule
 from reprise.training.recording import ProgressReport, Reseed, RunLogger, save_pictures
 from reprise.training.runfolder import MetricsFile, RunFolder, write_atomic, write_json
 from reprise.training.steps import StepMetrics
+from reprise.training.strategies import ShardedStrategy, ddp
+
+# What the trainer's configuration says that is ours to do, and not Lightning's.
+OWN_OPTIONS = ("accumulate_grad_batches", "activation_checkpointing", "gradient_compression")
 
 
 @dataclass
@@ -116,19 +122,46 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
     request = StopRequest()
     progress = ProgressReport(folder, cfg.steps, f"{cfg.slug} {cfg.scale} {cfg.arm} seed {cfg.seed}", show)
     trainer = make_trainer(cfg, folder, identity, curves, request, progress, timing)
+    _prepare(parts.module, trainer, cfg)
     with request.listening(), contextlib.closing(progress), finished_mirrors(trainer.loggers) as outcome:
+        final = found[0] if found else None
         if start < cfg.steps:
             parts.data.start_step = start
             if cfg.compile:
                 parts.module.compile()
-            trainer.fit(parts.module, datamodule=parts.data, ckpt_path=found[0] if found else None, weights_only=True)
-            checkpoint_of(trainer).save(trainer, cfg.steps)
-        elif found:
-            content = torch.load(found[0], map_location="cpu", weights_only=True)
-            parts.module.on_load_checkpoint(content)
-            parts.module.load_state_dict(content["state_dict"])
+            trainer.fit(parts.module, datamodule=parts.data, ckpt_path=final, weights_only=True)
+            final = checkpoint_of(trainer).save(trainer, cfg.steps)
+        sharded = isinstance(trainer.strategy, ShardedStrategy)
+        if sharded:
+            parts, trainer = build(cfg), _unsharded(trainer, cfg, folder)
+        if final is not None and (sharded or start == cfg.steps):
+            _restore(parts.module, final)
         outcome.metrics = _test(trainer, parts, folder, curves, cfg)
         return dict(outcome.metrics)
+
+
+def _prepare(module: PaperModule, trainer: pl.Trainer, cfg: DictConfig) -> None:
+    """Set up what the trainer's configuration asks of the module, or refuse it with the module's reason."""
+    asked = {
+        "accumulation": (cfg.trainer.accumulate_grad_batches > 1, "trainer.accumulate_grad_batches"),
+        "sharding": (isinstance(trainer.strategy, ShardedStrategy), "trainer.strategy"),
+    }
+    for option, (is_asked, place) in asked.items():
+        if is_asked and option in module.refuses:
+            raise ConfigError(
+                f"{cfg.slug} cannot be trained with {option}: {module.refuses[option]}",
+                looked_at=place,
+                next_step="set it to 1" if option == "accumulation" else "use trainer=ddp",
+            )
+    accumulate(trainer, module, cfg.trainer.accumulate_grad_batches)
+    if cfg.trainer.activation_checkpointing:
+        checkpoint_activations(module)
+
+
+def _restore(module: PaperModule, path: Path) -> None:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
 
 
 def _final_state_of(cfg: DictConfig) -> dict[str, torch.Tensor]:
@@ -191,12 +224,8 @@ def make_trainer(
             "the run has no ExactCheckpoint callback", looked_at="callbacks", next_step="callbacks=default"
         )
     checkpoint.folder, checkpoint.identity = folder.path / "checkpoints", dict(identity)
-    options = {
-        key: instantiate(value, path=f"trainer.{key}") if key == "strategy" and isinstance(value, DictConfig) else value
-        for key, value in cfg.trainer.items()
-    }
     return pl.Trainer(
-        **options,
+        **_options(cfg, folder),
         max_epochs=1,
         val_check_interval=min(cfg.val_every or cfg.steps, cfg.steps),
         log_every_n_steps=max(1, cfg.steps // 200),
@@ -212,14 +241,39 @@ def make_trainer(
         ],
         profiler=timing.clock,
         plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        deterministic=True,
         num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder.path,
     )
+
+
+def _unsharded(trainer: pl.Trainer, cfg: DictConfig, folder: RunFolder) -> pl.Trainer:
+    """A trainer for the test of a model that was sharded in training: every device holds the whole of it.
+
+    What an evaluation calls besides the forward pass, and the pictures of one rank, need whole weights.
+    """
+    backend = cfg.trainer.strategy.process_group_backend
+    return pl.Trainer(
+        **{**_options(cfg, folder), "strategy": ddp(backend)},
+        logger=trainer.loggers,
+        callbacks=[item for item in trainer.callbacks if isinstance(item, Reseed | ProgressReport)],  # type: ignore[attr-defined]
+    )
+
+
+def _options(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """The trainer's configuration as arguments, with what every run wants."""
+    chosen = {
+        key: instantiate(value, path=f"trainer.{key}") if key == "strategy" and isinstance(value, DictConfig) else value
+        for key, value in cfg.trainer.items()
+        if key not in OWN_OPTIONS
+    }
+    return {
+        **chosen,
+        "use_distributed_sampler": False,
+        "deterministic": True,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder.path,
+    }
 
 
 def _spare_every_step() -> None:

@@ -360,10 +360,11 @@ class SAM(Optimizer):
         if not isinstance(self._module, LightningModule):
             return
         trainer = self._module.trainer
-        if trainer.accumulate_grad_batches != 1:
+        parts = trainer.accumulate_grad_batches * getattr(self._module, "parts", 1)
+        if parts != 1:
             raise ConfigError(
-                "SAM cannot accumulate gradients over batches: each pass needs the whole gradient",
-                looked_at=f"trainer.accumulate_grad_batches = {trainer.accumulate_grad_batches}",
+                "SAM cannot accumulate gradients over parts of a batch: each pass needs the whole gradient",
+                looked_at=f"trainer.accumulate_grad_batches = {parts}",
                 next_step="set it to 1; optimizer.sub_batch=m works on small parts with their own perturbations",
             )
         if trainer.gradient_clip_val and (self.decay_in_perturbation or trainer.gradient_clip_algorithm == "value"):

@@ -31,30 +31,36 @@ class StepMetrics(Callback):
 
     def __init__(self) -> None:
         self.is_wanted = False
-        self._values: dict[str, float | Tensor] = {}
+        self._in_parts = False
+        self._values: dict[str, list[float | Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
         if isinstance(pl_module, PaperModule):
             pl_module.step_log = self
+            self._in_parts = pl_module.parts > 1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.is_wanted = is_logged(trainer)
         self._values = {}
         if self.is_wanted and trainer.optimizers:
-            self._values["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+            self._values["lr"] = [float(trainer.optimizers[0].param_groups[0]["lr"])]
 
     def add(self, name: str, value: float | Tensor, *, sync_dist: bool) -> None:
-        """Note a value of this step; with `sync_dist` its mean over the ranks."""
+        """Note a value of this step; with `sync_dist` its mean over the ranks.
+
+        What a step logs again replaces it (SAM's second pass); from a batch in parts it is their mean.
+        """
         value = value.detach() if isinstance(value, Tensor) else value
-        self._values[name] = self._trainer.strategy.reduce(value, reduce_op="mean") if sync_dist else value
+        value = self._trainer.strategy.reduce(value, reduce_op="mean") if sync_dist else value
+        self._values[name] = [*self._values.get(name, []), value] if self._in_parts else [value]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._values:
             return
-        values = {name: float(value) for name, value in self._values.items()}
+        values = {name: sum(map(float, seen)) / len(seen) for name, seen in self._values.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, current_step(trainer))
             logger.save()

@@ -37,6 +37,8 @@ class CLIPModule(PaperModule):
             the end token, exp(logit_scale) kept at or above 1 (open_clip), probes on features after the projection.
     """
 
+    refuses = {"accumulation": "every text of the batch is a negative of every image, so parts have another loss"}
+
     def __init__(
         self,
         model: CLIP,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from reprise.distributed import all_reduce_sum, world_size
+from reprise.errors import ConfigError
 from reprise.nn.matching import Matches, PaddedTargets, Target, match, matching_cost, pad_targets
 from reprise.nn.set_loss import SetLoss, box_sums, cardinality_error, class_error, class_targets, named_by_layer
 
@@ -143,7 +144,12 @@ class SetCriterion(nn.Module):
         return match(cost, targets.counts, claims=self.claims)
 
     def forward(
-        self, logits: Tensor, boxes: Tensor, targets: Sequence[Target], pred_masks: Tensor | None = None
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        targets: Sequence[Target],
+        pred_masks: Tensor | None = None,
+        whole: Sequence[Target] | None = None,
     ) -> SetLoss:
         """The losses of all layers.
 
@@ -152,8 +158,11 @@ class SetCriterion(nn.Module):
             boxes: [L, B, Q, 4] cxcywh in [0, 1].
             targets: per image `labels` int64 [m], `boxes` [m, 4] and, with `pred_masks`, `masks` [m, H, W].
             pred_masks: mask logits of the last layer [B, Q, h, w], or None.
+            whole: where these images are a part of what a step goes through on this process, the targets of all of it;
+                losses are then divided so that their mean over the parts is the loss of the whole.
 
         Raises:
+            ConfigError: parts of a batch with one_to_many, whose number of pairs only the whole batch knows.
             DivergedError: when a prediction is not finite.
         """
         if not self.aux_loss:
@@ -163,7 +172,11 @@ class SetCriterion(nn.Module):
         target = class_targets(matches, padded.labels, logits.shape[:3], self.num_classes)
         ce_sum, weight_sum = classification_sums(logits, target, self.class_weight)
         l1_sum, giou_sum = box_sums(boxes, padded, matches)
-        ce_divisor, pair_divisor = self._divisors(weight_sum, matches, padded)
+        if whole is None:
+            pairs: Sequence[float] = matches.per_layer if self.claims else (sum(padded.counts),) * len(weight_sum)
+        else:
+            weight_sum, pairs = self._expected_sums(whole, len(targets) / len(whole), weight_sum, logits.shape[2])
+        ce_divisor, pair_divisor = self._divisors(weight_sum, pairs)
         losses = {
             "loss_ce": ce_sum / ce_divisor,
             "loss_bbox": l1_sum / pair_divisor,
@@ -182,9 +195,23 @@ class SetCriterion(nn.Module):
             total = total + sum(coef * parts[name] for name, coef in self.mask_coefs.items())
         return SetLoss(total, parts)
 
-    def _divisors(self, weight_sum: Tensor, matches: Matches, targets: PaddedTargets) -> tuple[Tensor, Tensor]:
+    def _expected_sums(
+        self, whole: Sequence[Target], share: float, weight_sum: Tensor, queries: int
+    ) -> tuple[Tensor, tuple[float, ...]]:
+        """Class weights and pairs per layer that a part of the batch would have if all parts were alike."""
+        if self.claims:
+            raise ConfigError(
+                "with one_to_many the loss of a batch is not the mean over its parts",
+                looked_at="trainer.accumulate_grad_batches",
+                next_step="set it to 1",
+            )
+        counts = [len(target["labels"]) for target in whole]
+        matched = sum(min(count, queries) for count in counts)
+        weights = matched + float(self.class_weight[-1]) * (len(whole) * queries - matched)
+        return torch.full_like(weight_sum, weights * share), (sum(counts) * share,) * len(weight_sum)
+
+    def _divisors(self, weight_sum: Tensor, pairs: Sequence[float]) -> tuple[Tensor, Tensor]:
         """What the class sums and the box sums are divided by, both [L]."""
-        pairs = matches.per_layer if self.claims else (sum(targets.counts),) * len(weight_sum)
         sums = all_reduce_sum(torch.stack([weight_sum.detach(), weight_sum.new_tensor(pairs)]))
         world = world_size()
         if self.as_released:

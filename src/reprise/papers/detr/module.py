@@ -18,6 +18,7 @@ from reprise.nn.detection import (
     padding_of,
     set_detections,
 )
+from reprise.nn.matching import Target
 from reprise.papers.detr.criterion import SetCriterion
 from reprise.papers.detr.model import DETR, DetrOutput
 from reprise.papers.detr.segmentation import DETRSegmentation
@@ -108,10 +109,14 @@ class DetrModule(PaperModule):
             output, pred_masks, _ = self.model(image, mask)
         else:
             output, pred_masks = self.model(image, mask), None
-        loss = self.criterion(output.logits, output.boxes, batch["targets"], pred_masks)
+        loss = self.criterion(output.logits, output.boxes, batch["targets"], pred_masks, self._whole_targets())
         parts = {f"train/{name}": loss.parts[name].detach() for name in LOGGED_PARTS if name in loss.parts}
         self.log_dict({"train/loss": loss.total.detach(), **parts}, sync_dist=True, batch_size=len(image))
         return loss.total
+
+    def _whole_targets(self) -> Sequence[Target] | None:
+        """The targets of all parts of the step at hand, where there is more than one."""
+        return None if self.whole_batch is None else self.whole_batch["targets"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self(batch["image"], padding_of(batch))

@@ -67,6 +67,11 @@ class FederatedClassifier(PaperModule):
     hits: Tensor
     items: Tensor
 
+    refuses = {
+        "accumulation": "a step is a round of clients, each with batches of their own (data.batch_size)",
+        "sharding": "each rank trains whole models of its clients",
+    }
+
     def __init__(
         self,
         model: FedAvgNet,

@@ -77,6 +77,8 @@ class IncrementalDetrModule(PaperModule):
         as_released: the losses of the released code (see `IncrementalCriterion`), and a teacher with dropout.
     """
 
+    refuses = {"accumulation": "its losses are divided by the objects and pseudo objects found in the whole batch"}
+
     def __init__(
         self,
         model: DeformableDETR,

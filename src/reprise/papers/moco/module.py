@@ -70,6 +70,11 @@ class MomentumContrast(PaperModule):
         as_released: judge the output of the head, not the features before it (the released CIFAR-10 demo).
     """
 
+    refuses = {
+        "accumulation": "the queue, the shuffling and the batch norm of a step work on its whole batch",
+        "sharding": "the momentum encoder follows whole parameters",
+    }
+
     def __init__(
         self,
         model: Framework,

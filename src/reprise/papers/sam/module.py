@@ -41,6 +41,10 @@ class SharpnessAwareClassifier(Classifier):
         probe_items: size of that part of the training set.
     """
 
+    refuses = {
+        "sharding": "the norm of the gradient that SAM climbs is that of the whole, of which each rank has a part"
+    }
+
     def __init__(
         self,
         model: nn.Module,

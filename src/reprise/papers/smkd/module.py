@@ -49,6 +49,11 @@ class SMKDModule(PaperModule):
         local_views: how many local views a batch has and their side, for `reprise plan`.
     """
 
+    refuses = {
+        "accumulation": "pairs of one class and the teacher's centres are those of the whole batch",
+        "sharding": "the teacher follows whole parameters",
+    }
+
     def __init__(
         self,
         model: DistillationNetwork,

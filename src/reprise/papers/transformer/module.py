@@ -39,6 +39,8 @@ class TransformerModule(PaperModule):
         as_released: the released position signal, label smoothing and extra length (100 instead of 50).
     """
 
+    refuses = {"sharding": "the average of checkpoints is made of whole parameters, and the big model fits one device"}
+
     def __init__(
         self,
         model: Network,
@@ -96,8 +98,9 @@ class TransformerModule(PaperModule):
         return loss
 
     def _share(self, target: Tensor) -> Tensor:
-        """Tokens of the global batch over the number of ranks: DDP then averages to the mean over all tokens."""
-        return all_reduce_sum((target != PAD).sum().float()) / world_size()
+        """Tokens of the global batch over the ranks (and parts): their average is then the mean over all tokens."""
+        target = target if self.whole_batch is None else self.whole_batch["target"]
+        return all_reduce_sum((target != PAD).sum().float()) / (world_size() * self.parts)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.average is not None:

@@ -1,0 +1,174 @@
+"""How the devices of a run share its work: `ddp` and `fsdp`, what `conf/trainer/*.yaml` chooses from.
+
+Neither changes what is computed beyond rounding: the global batch, the learning rate and the data order are the
+configuration's, however many devices there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from reprise.errors import ConfigError
+from reprise.training.blocks import repeated_blocks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+COMPRESSIONS = ("fp16", "bf16")
+Sharding = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
+
+
+def ddp(
+    process_group_backend: str | None = None,
+    *,
+    gradient_compression: str | None = None,
+    find_unused_parameters: bool = False,
+    static_graph: bool = False,
+    gradient_as_bucket_view: bool = True,
+    bucket_cap_mb: float = 25.0,
+) -> DDPStrategy:
+    """A copy of the model on every device; gradients are averaged over them.
+
+    Args:
+        process_group_backend: `nccl`, `gloo`, or None for what fits the device.
+        gradient_compression: send gradients as `fp16` or `bf16`, half the bytes for their precision; None sends them
+            as they are. Compression with memory of past errors (PowerSGD) is not offered: what each rank remembers
+            would belong in the checkpoint, and would tie it to the number of ranks.
+        find_unused_parameters: look each step for parameters without a gradient, which else would be waited for.
+        static_graph: the same parameters get gradients in every step; DDP then learns the order once.
+        gradient_as_bucket_view: gradients live in the buffers that are sent, which saves a copy of them.
+        bucket_cap_mb: size of those buffers; larger ones mean fewer and later messages.
+
+    Raises:
+        ConfigError: an unknown compression.
+    """
+    return DDPStrategy(
+        process_group_backend=process_group_backend,
+        ddp_comm_hook=_compression_hook(gradient_compression),
+        find_unused_parameters=find_unused_parameters,
+        static_graph=static_graph,
+        gradient_as_bucket_view=gradient_as_bucket_view,
+        bucket_cap_mb=bucket_cap_mb,
+    )
+
+
+def _compression_hook(name: str | None) -> Callable[..., Any] | None:
+    if name is None:
+        return None
+    if name not in COMPRESSIONS:
+        raise ConfigError(
+            f"unknown gradient compression {name!r}",
+            looked_at="trainer.gradient_compression",
+            next_step=f"choose one of {', '.join(COMPRESSIONS)}, or null",
+        )
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}[name]
+
+
+class ShardedStrategy(FSDPStrategy):
+    """Parameters, gradients and optimizer state divided over the devices: for models that do not fit one of them.
+
+    Each repeated block of the model (`repeated_blocks`) is gathered when its turn comes and let go after it; what is
+    left stays gathered during a step. Checkpoints hold whole tensors, as those of every other strategy do, so a run may
+    continue without sharding. Unlike Lightning's, it reads them without unpickling code, clips by the whole norm, and
+    runs on CPUs.
+    """
+
+    _root: FullyShardedDataParallel | None = None
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import CustomPolicy
+
+        blocks = {id(block) for block in repeated_blocks(model)}
+        self._root = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=CustomPolicy(lambda module: id(module) in blocks),
+            device_id=self.root_device,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            **self.kwargs,
+        )
+        for module in model.modules():
+            if isinstance(module, Metric):
+                module.to(self.root_device)
+        return self._root
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The content of a checkpoint of whole tensors, after every rank has taken its part of them."""
+        content = self.checkpoint_io.load_checkpoint(Path(self.broadcast(checkpoint_path)), weights_only=True)
+        with _whole_tensors(self.sharded_model):
+            self.sharded_model.load_state_dict(content.pop("state_dict"))
+            if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+                for optimizer, state in zip(self.optimizers, content["optimizer_states"], strict=True):
+                    self._load_optimizer(optimizer, state)
+        return content
+
+    def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
+
+        if not state["state"]:
+            return
+        root = self.sharded_model
+        named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, root)
+        optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(root, optimizer, named))
+
+    @property
+    def sharded_model(self) -> FullyShardedDataParallel:
+        """The wrapper of the module at work."""
+        assert self._root is not None, "the model is not sharded yet"
+        return self._root
+
+
+def _whole_tensors(root: FullyShardedDataParallel) -> AbstractContextManager[Any]:
+    """State dicts with whole tensors, on every rank."""
+    from torch.distributed.fsdp import (
+        FullOptimStateDictConfig,
+        FullStateDictConfig,
+        FullyShardedDataParallel,
+        StateDictType,
+    )
+
+    return FullyShardedDataParallel.state_dict_type(
+        root,
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(rank0_only=False),
+        FullOptimStateDictConfig(rank0_only=False),
+    )
+
+
+def fsdp(
+    process_group_backend: str | None = None, *, sharding_strategy: Sharding = "FULL_SHARD", cpu_offload: bool = False
+) -> ShardedStrategy:
+    """Every device keeps a part of the model (`ShardedStrategy`).
+
+    Args:
+        process_group_backend: `nccl`, `gloo`, or None for what fits the device.
+        sharding_strategy: `FULL_SHARD` (parameters, gradients, optimizer state), `SHARD_GRAD_OP` (parameters stay whole
+            between forward and backward: faster, larger) or `HYBRID_SHARD` (divided within a node, copied across).
+        cpu_offload: keep parameters and gradients in the CPU's memory between their uses.
+
+    Raises:
+        ConfigError: an unknown way of sharding.
+    """
+    if sharding_strategy not in SHARDINGS:
+        raise ConfigError(
+            f"unknown way of sharding {sharding_strategy!r}",
+            looked_at="trainer.strategy.sharding_strategy",
+            next_step=f"choose one of {', '.join(SHARDINGS)}",
+        )
+    return ShardedStrategy(
+        process_group_backend=process_group_backend, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload
+    )
