@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "reprise needs Python >= 3.11; found $$($(PYTHON) --version). Next step: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "building $(VENV) with every pinned version (once; a few minutes, and some GB for torch)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev,slurm,ray,search]'
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev,slurm,ray,search,dashboard]'
 	@touch $@
 
 setup: $(STAMP)  ## build .venv with every pinned version
@@ -70,8 +70,8 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## ratios of our speed against bare loops and peers
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: $(STAMP)  ## [ARGS=--write]: ratios of our speed against bare loops and peers (--write: into docs/bench.md)
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done
 
 new-paper: $(STAMP)  ## PAPER=<slug>: the files of a new paper
 	$(BIN)/reprise new-paper $(PAPER)

@@ -1,4 +1,7 @@
-"""Speed of the data layer against the usual ways, measured alternately in one process: `python bench/data.py`."""
+"""Speed of the data layer against the usual ways, measured alternately in one process.
+
+python bench/data.py [--write]
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torchvision.transforms import v2
 from reprise.data import augment
 from reprise.data.loader import StepLoader, TensorSource
 from reprise.data.shapes import SceneOptions, draw_scenes, render
+from reprise.evidence import benchmarks
 from reprise.seeding import generator
 
 
@@ -61,9 +65,13 @@ def loading() -> None:
     report("78 batches of 128 from memory: StepLoader / DataLoader", ours, theirs)
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread; ours, theirs (median)")
     shapes()
     augmentation()
     loading()
+
+
+if __name__ == "__main__":
+    benchmarks.run(__file__, main)

@@ -1,7 +1,7 @@
 """One round's clients trained one after the other, and all at once with `torch.func.vmap`: which is faster here?
 
 Both run in this process, in turns, on the same data and weights; processor time is compared, and the ratio printed.
-    python bench/fedntd_clients.py
+    python bench/fedntd_clients.py [--write]
 Measured on two contended cores of an AMD EPYC, one thread (batched / sequential): digits about 0.9, CIFAR-10 about 2.
 """
 
@@ -13,6 +13,7 @@ import time
 import torch
 
 from reprise.data.federated import minibatch_sizes
+from reprise.evidence import benchmarks
 from reprise.papers.fedntd.algorithms import FedNTD
 from reprise.papers.fedntd.model import FedAvgNet, fedavg_cifar, fedavg_digits
 from reprise.training.federated import ClientTraining, FlatModel, LocalSGD
@@ -49,7 +50,7 @@ def seconds(training: ClientTraining, clients: list[dict[str, object]]) -> float
     return time.process_time() - began
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     for name, (build, sizes) in CASES.items():
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    benchmarks.run(__file__, main)

@@ -4,14 +4,13 @@ Both do the same work: data, forward, backward, the recipe's gradient clipping, 
 after every single step in one process, so that a noisy machine disturbs both alike. Printed are the ratio of the mean
 steps (without the slowest and fastest twentieth of each), in processor time and on the clock, and the share that the
 diagnostics (gradient norms, timing, guard) take.
-    python bench/step_overhead.py [experiment=vit/public ...]
+    python bench/step_overhead.py [experiment=vit/public ...] [--write]
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback
 
 from reprise.config import compose
+from reprise.evidence import benchmarks
 from reprise.training.checkpoint import callbacks_of
 from reprise.training.diagnostics import GradientNorms, Timing
 from reprise.training.guard import DivergenceGuard
@@ -125,7 +125,7 @@ def trimmed_mean(times: list[float]) -> float:
     return statistics.fmean(sorted(times)[cut : len(times) - cut])
 
 
-def main(overrides: list[str]) -> None:
+def compare(overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         turns, diagnostics = measure(overrides, Path(folder))
     print(f"{' '.join(overrides)}: {STEPS} steps each, in turns; cores: {os.cpu_count()}")
@@ -138,6 +138,10 @@ def main(overrides: list[str]) -> None:
     print(f"  of which diagnostics {diagnostics / STEPS / total:.2%} of a bare step")
 
 
+def main(overrides: list[str]) -> None:
+    for chosen in [overrides] if overrides else [[recipe] for recipe in RECIPES]:
+        compare(chosen)
+
+
 if __name__ == "__main__":
-    for chosen in [sys.argv[1:]] if sys.argv[1:] else [[recipe] for recipe in RECIPES]:
-        main(chosen)
+    benchmarks.run(__file__, main)

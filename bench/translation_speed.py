@@ -1,18 +1,18 @@
 """Training steps and decoded symbols per second: the Transformer and the recurrent network of the same size, in turns.
 
 Speed is reported here and not in metrics.csv, which must be the same for every run of a seed.
-    python bench/translation_speed.py [experiment=transformer/public ...]
+    python bench/translation_speed.py [experiment=transformer/public ...] [--write]
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 
 import torch
 
 from reprise.config import compose
+from reprise.evidence import benchmarks
 from reprise.papers.transformer.criterion import label_smoothed_loss
 from reprise.papers.transformer.networks import Network
 from reprise.training.beam import beam_search
@@ -47,7 +47,8 @@ def decoding(model: Network, source: torch.Tensor) -> float:
     return time.perf_counter() - began
 
 
-def main(overrides: list[str]) -> None:
+def main(words: list[str]) -> None:
+    overrides = words or ["experiment=transformer/public"]
     torch.set_num_threads(1)
     models = {name: make(overrides, name) for name in ("transformer", "recurrent")}
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
@@ -66,4 +67,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["experiment=transformer/public"])
+    benchmarks.run(__file__, main)

@@ -45,6 +45,17 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["experiment=vit/small", "trainer.devices=0"], "must be a number from 1 up, not 0"),
         (["experiment=vit/small", "trainer=ddp_cpu", "trainer.num_nodes=2"], "scripts/slurm/train_nodes.sbatch"),
         (["experiment=vit/small", "+optimizer.typo=1"], "the optimizer cannot be built"),
+        (["experiment=vit/small", "data.batch_size=many"], "data.batch_size must be a whole number, not 'many'"),
+        (["experiment=vit/small", "data.batch_size=2.5"], "data.batch_size must be a whole number, not 2.5"),
+        (["experiment=vit/small", "data.batch_size=0"], "data.batch_size must be 1 or more, not 0"),
+        (["experiment=vit/small", "data.eval_batch_size=0"], "data.eval_batch_size must be 1 or more, not 0"),
+        (["experiment=vit/small", "data.limit=x"], "data.limit must be a whole number or null, not 'x'"),
+        (["experiment=vit/small", "data.seed=x"], "data.seed must be a whole number, not 'x'"),
+        (["experiment=vit/small", "optimizer.lr=abc"], "optimizer.lr must be a number, not 'abc'"),
+        (["experiment=vit/small", "optimizer.lr=-1"], "looked at: optimizer.lr=-1"),
+        (["experiment=vit/small", "optimizer.weight_decay=-1"], "looked at: optimizer.weight_decay=-1"),
+        (["experiment=sam/small", "optimizer.lr=abc"], "optimizer.lr"),
+        (["experiment=vit/small", "schedule.warmup_steps=x"], "schedule.warmup_steps must be a whole number, not 'x'"),
     ],
 )
 def test_configuration_mistakes(capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str) -> None:

@@ -9,7 +9,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from reprise import paths
-from reprise.config import compose, config_hash, job_overrides, run_dir, variant_name
+from reprise.config import compose, config_hash, earlier_stage, job_overrides, run_dir, variant_name
 from reprise.errors import ConfigError
 from reprise.training.instantiate import check_targets, instantiate
 
@@ -48,9 +48,35 @@ def test_the_user_s_overrides_come_after_the_arm_s() -> None:
 
 def test_a_variant_names_the_change_and_neutral_keys_do_not() -> None:
     assert "variant=optimizer.lr-0.1" in job_overrides(["experiment=vit/small", "optimizer.lr=0.1"])
-    neutral = ["experiment=vit/small", "seed=3", "logger=wandb", "trainer=gpu", "trainer.devices=2", "threads=2"]
+    neutral = ["experiment=vit/small", "seed=3", "logger=wandb", "trainer=ddp_cpu", "trainer.devices=2", "threads=2"]
     assert not any(item.startswith("variant=") for item in job_overrides(neutral))
     assert len(variant_name(["key=" + "x" * 500])) <= 60
+
+
+@pytest.mark.parametrize(
+    ("typed", "variant"),
+    [
+        (["trainer=gpu"], "trainer-gpu"),
+        (["trainer=gpu", "trainer.precision=32-true"], None),
+        (["trainer.precision=32-true"], None),
+        (["trainer=gpu", "optimizer.lr=0.1"], "optimizer.lr-0.1-trainer-gpu"),
+        (["trainer=ddp_cpu", "optimizer.lr=0.1"], "optimizer.lr-0.1"),
+        (["trainer.precision=bf16-mixed", "seed=4"], "trainer.precision-bf16-mixed"),
+        (["trainer.devices=2"], None),
+    ],
+)
+def test_a_trainer_that_changes_what_is_computed_is_a_variant(typed: list[str], variant: str | None) -> None:
+    own, typed_run = compose(["experiment=vit/small"]), compose(["experiment=vit/small", *typed])
+    assert typed_run.variant == variant
+    changes = config_hash(typed_run) != config_hash(compose(["experiment=vit/small", f"seed={typed_run.seed}"]))
+    assert changes == (run_dir(typed_run).parts[-3] != run_dir(own).parts[-3]), "it would move the claim's run aside"
+
+
+def test_an_earlier_stage_takes_the_trainer_with_it() -> None:
+    cfg = compose(["experiment=smkd/small", "arm=smkd", "trainer=gpu"])
+    earlier = earlier_stage(cfg)
+    assert earlier is not None
+    assert (cfg.variant, earlier.variant) == ("trainer-gpu", "trainer-gpu")
 
 
 def test_the_hash_covers_what_decides_and_nothing_else() -> None:

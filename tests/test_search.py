@@ -214,12 +214,12 @@ def test_a_search_runs_once_at_a_time() -> None:
 
 @pytest.mark.slow
 def test_search_trains_through_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["search", *FIXED, "smoke=true", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "--metric", "val/accuracy"]
-    words += ["hydra/launcher=basic", "--parallel", "1"]
+    typed = [*FIXED, "smoke=true", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "hydra/launcher=basic"]
+    words = ["search", *typed, "--metric", "val/accuracy", "--parallel", "1"]
     assert main([*words, "--trials", "1"]) == 0
     folder = next((Path(os.environ["REPRISE_RUNS"]) / "searches").iterdir())
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
-    assert main([*words, "--trials", "2"]) == 0
+    assert main(["sweep", *typed, "search={metric:val/accuracy,trials:2,parallel:1}"]) == 0, "the same search goes on"
     shown = capsys.readouterr().out
     assert "best: optimizer.lr=" in shown
     assert "seeds 100" in shown

@@ -6,7 +6,9 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -82,19 +84,46 @@ def test_product_files_name_no_workplace() -> None:
             assert needle not in path.read_text(errors="ignore"), name
 
 
+def project() -> dict[str, Any]:
+    """The table `project` of pyproject.toml."""
+    return tomllib.loads((paths.root() / "pyproject.toml").read_text())["project"]
+
+
+def extras_in(text: str) -> list[set[str]]:
+    """The extras of every `-e .[...]` in a file."""
+    return [set(found.split(",")) for found in re.findall(r"-e '?\.\[([^\]]*)\]", text)]
+
+
+def lowest_python() -> tuple[int, int]:
+    """What pyproject.toml requires, e.g. (3, 11)."""
+    major, minor = re.fullmatch(r">=(\d+)\.(\d+)", project()["requires-python"]).groups()  # type: ignore[union-attr]
+    return int(major), int(minor)
+
+
 def test_environment_yml_is_in_step() -> None:
-    environment = yaml.safe_load((paths.root() / "environment.yml").read_text())
-    pip = next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+    text, makefile = ((paths.root() / name).read_text() for name in ("environment.yml", "Makefile"))
+    dependencies = yaml.safe_load(text)["dependencies"]
+    pip = next(item["pip"] for item in dependencies if isinstance(item, dict))
+    assert len(pip) == 2, "dependencies come from pyproject alone"
     assert "-c constraints.txt" in pip
-    assert any(item.startswith("-e .[") for item in pip), "dependencies come from pyproject alone"
-    assert any(str(item).startswith("python=3.1") for item in environment["dependencies"])
+    assert extras_in(text) == extras_in(makefile), "`make setup` and conda install the same extras"
+    (extras,) = extras_in(text)
+    assert extras == set(project()["optional-dependencies"]), "all extras, so that no test is skipped for one"
+    pythons = [item for item in dependencies if str(item).startswith("python")]
+    assert pythons == ["python={}.{}".format(*lowest_python())]
+
+
+def test_the_lowest_python_is_the_same_everywhere() -> None:
+    configured = tomllib.loads((paths.root() / "pyproject.toml").read_text())["tool"]["mypy"]["python_version"]
+    makefile = (paths.root() / "Makefile").read_text()
+    asked = re.findall(r"sys\.version_info < \((\d+), (\d+)\)", makefile)
+    assert [tuple(map(int, found)) for found in asked] == [lowest_python()]
+    assert tuple(map(int, configured.split("."))) == lowest_python()
 
 
 def test_constraints_pin_every_dependency() -> None:
-    import tomllib
-
-    project = tomllib.loads((paths.root() / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [item for group in project["optional-dependencies"].values() for item in group]
+    declared = project()
+    wanted = declared["dependencies"] + [item for group in declared["optional-dependencies"].values() for item in group]
     lines = (paths.root() / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     names = {re.split(r"[<>=\[; ]", item)[0].lower().replace("_", "-") for item in wanted}

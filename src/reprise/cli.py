@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from reprise.errors import RepriseError
 
+TRACEBACK = "--traceback"
 HYDRA_HELP = (
     "any Hydra overrides, e.g. experiment=vit/small seed=3 optimizer.lr=0.01; and Hydra's flags (-m, --cfg job)"
 )
@@ -18,12 +22,32 @@ HYDRA_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; one clear message and a non-zero exit code when something is wrong."""
-    args, rest = _parser().parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if TRACEBACK in words:  # wherever it stands, also after overrides
+        words = [word for word in words if word != TRACEBACK]
+        os.environ["REPRISE_TRACEBACK"] = "1"
+    args, rest = _parser().parse_known_args(words)
     if rest and not args.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
-    if args.traceback:
-        os.environ["REPRISE_TRACEBACK"] = "1"
+    with _recorded_as(shlex.join(["reprise", *words])):
+        return _run(args)
+
+
+@contextmanager
+def _recorded_as(command: str) -> Iterator[None]:
+    """What the run folders of this process and its children will name as their command."""
+    before = os.environ.get("REPRISE_COMMAND")
+    os.environ["REPRISE_COMMAND"] = command
+    try:
+        yield
+    finally:
+        os.environ.pop("REPRISE_COMMAND")
+        if before is not None:
+            os.environ["REPRISE_COMMAND"] = before
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args) or 0
     except RepriseError as error:
@@ -69,10 +93,21 @@ def train(args: argparse.Namespace) -> int:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """An ablation or any other sweep: a multirun."""
+    """An ablation or any other sweep: a multirun; with search=METRIC Optuna chooses the values."""
     from reprise.app import run_hydra
+    from reprise.config import split_override
 
     flags, overrides = _split(args.rest)
+    searches = [item for item in overrides if split_override(item)[0] == "search"]
+    if searches:
+        from reprise.search.options import read_options
+
+        if args.dry_run:
+            raise RepriseError(
+                "a search cannot list its runs before it makes them", looked_at="--dry-run", next_step="leave it out"
+            )
+        others = [item for item in overrides if item not in searches]
+        return _run_search(flags, others, read_options(searches[-1]))
     dry = ["hydra.sweeper.dry_run=true"] if args.dry_run else []
     return _finish_sweep(run_hydra([*overrides, *dry], [*flags, "--multirun"]), verdicts=False)
 
@@ -80,30 +115,40 @@ def sweep(args: argparse.Namespace) -> int:
 def reproduce(args: argparse.Namespace) -> int:
     """All arms and seeds of a claim, then the verdict and the report."""
     from reprise.app import run_hydra
-    from reprise.config import experiment_of
+    from reprise.config import experiment_of, split_override
 
     flags, overrides = _split(args.rest)
     experiment_of(overrides)
     extra = ["hydra.sweeper.claim=true", *(["hydra.sweeper.dry_run=true"] if args.dry_run else [])]
-    return _finish_sweep(run_hydra([*overrides, *extra], [*flags, "--multirun"]), verdicts=True)
+    outcome = run_hydra([*overrides, *extra], [*flags, "--multirun"])
+    named = any(split_override(item)[0] == "seed" for item in overrides)
+    return _finish_sweep(outcome, verdicts=True, named_seeds=named)
 
 
 def search(args: argparse.Namespace) -> int:
-    """Search hyper-parameters with Optuna, by validation and on seeds from 100 up."""
+    """Another name for sweep with search=METRIC: Optuna chooses, by validation and on seeds from 100 up."""
+    flags, overrides = _split(args.rest)
+    options = {
+        "metric": args.metric,
+        "direction": "minimize" if args.minimize else "maximize",
+        "trials": args.trials,
+        "parallel": args.parallel,
+    }
+    return _run_search(flags, overrides, options)
+
+
+def _run_search(flags: Sequence[str], overrides: Sequence[str], options: Mapping[str, Any]) -> int:
     from rich.console import Console
 
     from reprise.app import run_hydra
     from reprise.config import experiment_of
     from reprise.search.loop import render
+    from reprise.search.options import to_override
     from reprise.search.study import require_optuna
 
     require_optuna()
-    flags, overrides = _split(args.rest)
     experiment_of(overrides)
-    direction = "minimize" if args.minimize else "maximize"
-    parallel = "${cores:}" if args.parallel is None else args.parallel
-    options = f'{{metric: "{args.metric}", direction: {direction}, trials: {args.trials}, parallel: {parallel}}}'
-    outcome = run_hydra([*overrides, f"+hydra.sweeper.search={options}"], [*flags, "--multirun"])
+    outcome = run_hydra([*overrides, to_override(options)], [*flags, "--multirun"])
     Console().print(render(outcome))
     print(f"{outcome.folder}: trials.csv, search.json and the run folders")
     for failure in outcome.failures:
@@ -115,7 +160,7 @@ def search(args: argparse.Namespace) -> int:
     return 0 if outcome.best else 1
 
 
-def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
+def _finish_sweep(outcome: object, *, verdicts: bool, named_seeds: bool = False) -> int:
     from reprise.training.jobs import SweepOutcome
 
     if not isinstance(outcome, SweepOutcome) or outcome.dry_run:
@@ -129,7 +174,7 @@ def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
             next_step="run the same command again to go on",
         )
     if verdicts:
-        _conclude(outcome)
+        _conclude(outcome, named_seeds=named_seeds)
     for job, reason in outcome.failed:
         print(f"reprise: {job.name} did not finish: {reason}", file=sys.stderr)
     if outcome.failed:
@@ -141,7 +186,8 @@ def _finish_sweep(outcome: object, *, verdicts: bool) -> int:
     return 1 if outcome.failed else 0
 
 
-def _conclude(outcome: object) -> None:
+def _conclude(outcome: object, *, named_seeds: bool) -> None:
+    """Verdicts and reports of a sweep; seeds that the user named are judged in place of the claim's."""
     from rich.console import Console
 
     from reprise import paths
@@ -149,7 +195,7 @@ def _conclude(outcome: object) -> None:
     from reprise.evidence.panel import render_panel
     from reprise.evidence.report import build_index, build_report
     from reprise.evidence.sweeps import add_sweep
-    from reprise.evidence.verdict import make_verdict, write_verdict
+    from reprise.evidence.verdict import make_verdict
     from reprise.training.jobs import SweepOutcome
     from reprise.training.mirrors import mirror_conclusion
 
@@ -161,12 +207,13 @@ def _conclude(outcome: object) -> None:
             continue
         if outcome.seconds:
             add_sweep(runs, slug, scale, seconds=outcome.seconds, jobs_at_once=outcome.jobs_at_once)
-        verdict = make_verdict(runs, slug, scale)
-        write_verdict(verdict, runs)
-        example = next(job for job in outcome.jobs if (job.slug, job.scale) == (slug, scale))
+        own = [job for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)]
+        seeds = {scale: sorted({job.seed for job in own})} if named_seeds else {}
+        verdict = make_verdict(runs, slug, scale, seeds.get(scale))
+        example = own[0]
         mirror_conclusion(compose_job(example.overrides), verdict.model_dump(mode="json"), runs / slug / scale)
         console.print(render_panel(verdict))
-        console.print(f"report: {build_report(runs, slug)}")
+        console.print(f"report: {build_report(runs, slug, seeds)}")
     build_index(runs)
 
 
@@ -175,13 +222,20 @@ def report(args: argparse.Namespace) -> int:
     from reprise import discovery, paths
     from reprise.evidence.report import build_index, build_report
     from reprise.evidence.results import write_results
-    from reprise.evidence.runs import find_runs
+    from reprise.evidence.runs import find_runs, scale_labels
 
     runs = args.path or paths.runs_dir()
     if not runs.is_dir():
         raise RepriseError("there are no run folders", looked_at=runs, next_step="make reproduce PAPER=vit")
-    chosen = [discovery.check_paper(args.paper)] if args.paper else discovery.papers()
-    for slug in (slug for slug in chosen if (runs / slug).is_dir()):
+    found = [slug for slug in discovery.papers() if scale_labels(runs, slug)]
+    chosen = [discovery.check_paper(args.paper)] if args.paper else found
+    if not chosen:
+        raise RepriseError(
+            "no report was built: the folder holds no run folders of any paper",
+            looked_at=runs.resolve(),
+            next_step="name the folder that holds <paper>/<scale>/<arm>/seed=<n> (such as runs)",
+        )
+    for slug in chosen:
         print(build_report(runs, slug))
         if args.write and (args.paper or any(run.is_finished for run in find_runs(runs, slug))):
             print(write_results(runs, slug))
@@ -302,7 +356,7 @@ def _split(rest: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reprise", description="Reproduce deep-learning papers, with a verdict.")
-    parser.add_argument("--traceback", action="store_true", help="show Python tracebacks of errors")
+    parser.add_argument(TRACEBACK, action="store_true", help="show Python tracebacks of errors (anywhere in the line)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: object, *, overrides: bool = False) -> argparse.ArgumentParser:

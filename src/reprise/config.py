@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from reprise import discovery, paths
-from reprise.errors import ConfigError
+from reprise.errors import ConfigError, RepriseError
 
 if TYPE_CHECKING:
     from reprise.evidence.claims import Arm
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 # What `smoke=true` means, on top of any recipe; a claim may add overrides of its own (`smoke:` in claim.yaml).
 SMOKE = ("steps=4", "val_every=2", "data.batch_size=8", "data.limit=64", "data.eval_batch_size=32")
 
-# Keys that do not change what is computed, so that they change neither the hash nor the name of a run.
+# Keys that do not change what is computed, so that they change neither the hash nor the name of a run
+# (of a trainer the composed values decide, see `_changes`).
 NEUTRAL = re.compile(
     r"^(hydra([./]|$)|experiment$|arm$|slug$|seed$|smoke$|variant$|logger([./@]|$)|callbacks([./@]|$)|trainer$|threads$"
     r"|trainer\.(accelerator|devices|num_nodes|strategy|activation_checkpointing)(\.|$))"
 )
 HASHED_KEYS = ("slug", "paper", "data", "optimizer", "schedule", "steps", "val_every", "seed")
+# What can be left out where only the trainer's values are wanted.
+IRRELEVANT = re.compile(r"^(hydra|seed|logger|callbacks|threads)([./]|$)")
 # What an earlier stage shares with the run that continues from it, of all that the user typed.
 SHARED_BY_STAGES = re.compile(r"^(seed|smoke|threads|logger|callbacks|trainer)([./@]|$)")
 HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
@@ -125,9 +128,35 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     if given.get("smoke", "false").lower() == "true":
         head += smoke_overrides(slug)
     own = [item for item in overrides if split_override(item)[0] not in ("experiment", "arm")]
+    changed = _changes(head, own) if "variant" not in given else []
+    return head + own + ([f"variant={variant_name(changed)}"] if changed else [])
+
+
+def _changes(head: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Of the user's overrides those that make the run another one than the claim's.
+
+    A trainer may bring another precision than the recipe's, or the same one typed: the composed values decide.
+    """
     changed = [item for item in own if not NEUTRAL.match(split_override(item)[0])]
-    variant = [f"variant={variant_name(changed)}"] if changed and "variant" not in given else []
-    return head + own + variant
+    of_trainer = [item for item in own if split_override(item)[0].startswith("trainer")]
+    if not any(split_override(item)[0] == "trainer" or item in changed for item in of_trainer):
+        return changed
+    others = [item for item in own if item not in of_trainer and not IRRELEVANT.match(split_override(item)[0])]
+    if _trainer_facts((*head, *others, *of_trainer)) == _trainer_facts((*head, *others)):
+        return [item for item in changed if item not in of_trainer]
+    return [item for item in own if item in changed or split_override(item)[0] == "trainer"]
+
+
+@functools.lru_cache(maxsize=64)
+def _trainer_facts(overrides: tuple[str, ...]) -> str:
+    """What of the trainer decides numbers; where nothing can be composed, the overrides (the run itself will say)."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return json.dumps(decisive(compose_job(overrides))["trainer"], sort_keys=True)
+    except (RepriseError, HydraException, OmegaConfBaseException):
+        return " ".join(overrides)
 
 
 def _start_from(arm: str, overrides: Sequence[str]) -> str:
@@ -259,17 +288,27 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
     return [prefix]
 
 
-def config_hash(cfg: DictConfig) -> str:
-    """16 hex digits over everything that decides the numbers of a run, its earlier stages included."""
+def decisive(cfg: DictConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers of its run, as plain values; earlier stages left out."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    decisive: dict[str, Any] = {key: plain.get(key) for key in HASHED_KEYS}
-    decisive["trainer"] = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
-    decisive["trainer"] |= {key: value for key in HASHED_WHERE_SET if (value := plain["trainer"].get(key)) is not None}
+    trainer = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
+    trainer |= {key: value for key in HASHED_WHERE_SET if (value := plain["trainer"].get(key)) is not None}
+    return {**{key: plain.get(key) for key in HASHED_KEYS}, "trainer": trainer}
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """16 hex digits over everything that decides the numbers of a run, its earlier stages included."""
+    facts = decisive(cfg)
     earlier = earlier_stage(cfg)
     if earlier is not None:
-        decisive["start_from"] = config_hash(earlier)
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        facts["start_from"] = config_hash(earlier)
+    return short_hash(facts)
+
+
+def short_hash(facts: Any) -> str:
+    """16 hex digits over plain values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def scale_label(cfg: DictConfig) -> str:

@@ -55,22 +55,6 @@ def recipes(slug: str) -> list[str]:
     return [scale for scale in SCALES if scale in stems] + sorted(stems - set(SCALES))
 
 
-def recipe_path(slug: str, scale: str) -> Path:
-    """The file of one recipe.
-
-    Raises:
-        ConfigError: the paper has no such recipe.
-    """
-    known = recipes(slug)
-    if scale not in known:
-        raise ConfigError(
-            f"{slug} has no recipe {scale!r}.{_did_you_mean(scale, known)}",
-            looked_at=experiment_dir(slug),
-            next_step=f"choose one of: {', '.join(known) or 'none yet'}",
-        )
-    return experiment_dir(slug) / f"{scale}.yaml"
-
-
 def ablations(slug: str) -> list[str]:
     """Names of the paper's ablation sweeps (`experiments/<slug>/ablations/*.yaml`), sorted."""
     return sorted(path.stem for path in (experiment_dir(slug) / "ablations").glob("*.yaml"))

@@ -30,7 +30,6 @@ def test_without_runs_it_says_so(workshop):
 
 
 def test_the_objects_of_wandb_hold_every_panel(workshop):
-    pytest.importorskip("wandb_workspaces", reason="the extra `dashboard` is not installed")
     workshop.fill([0.10, 0.12, 0.11, 0.09, 0.10])
     spec = specification(workshop.runs, "toy_paper", "small")
     workspace, report = (make(spec, "reprise", "someone") for make in (make_workspace, make_report))

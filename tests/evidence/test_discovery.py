@@ -24,9 +24,7 @@ def test_unknown_paper_names_the_nearest(workshop):
         discovery.claim_path("toypaper")
 
 
-def test_unknown_recipe_and_module(workshop):
-    with pytest.raises(ConfigError, match="Did you mean small"):
-        discovery.recipe_path("toy_paper", "smal")
+def test_unknown_module(workshop):
     with pytest.raises(ConfigError, match=r"has no parity\.py"):
         discovery.module("toy_paper", "parity")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -111,6 +112,16 @@ def test_a_report_of_broken_and_missing_runs(workshop):
     assert "out of &lt;memory&gt;" in html
     assert "no finished run" in html
     assert "reprise train experiment=toy_paper/small~steps=3 arm=method seed=1" in html
+
+
+def test_the_report_repeats_the_command_as_it_was_typed(workshop):
+    typed = "reprise reproduce experiment=toy_paper/small trainer=gpu 'trainer.precision=32-true'"
+    for seed in range(5):
+        for arm in ("method", "control"):
+            workshop.run(arm, seed, {"test/ap": 0.5, "test/nms_gain": 0.1}, command=typed)
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    command = "make reproduce PAPER=toy_paper SCALE=small 'ARGS=trainer=gpu trainer.precision=32-true'"
+    assert command in unescape(html)
 
 
 def test_nothing_to_report_is_an_error(workshop):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from reprise import paths
+from reprise.config import compose, config_hash
+from reprise.evidence.claims import load_claim
 from reprise.evidence.panel import render_panel
+from reprise.evidence.report import build_report
+from reprise.evidence.results import write_results
 from reprise.evidence.runs import find_runs, papers_with_runs, read_run, scale_labels
 from reprise.evidence.verdict import make_verdict, read_verdict, write_verdict
+
+from .conftest import Workshop
 
 SUPPORTED = [0.10, 0.12, 0.11, 0.09, 0.10]
 
@@ -85,7 +95,10 @@ def test_supported_verdict_with_everything_in_it(workshop):
     assert verdict.config_hashes["control/seed=2"] == "control2"
     assert verdict.versions["torch"] == ["2.14.1"]
     assert (verdict.date, verdict.missing, verdict.finished_runs) == ("2026-01-01", [], 10)
-    assert read_verdict(path) == verdict
+    assert read_verdict(workshop.runs, "toy_paper", "small") == verdict
+    later = path.stat().st_mtime_ns + 1
+    os.utime(workshop.runs / "toy_paper" / "small" / "method" / "seed=0", ns=(later, later))
+    assert read_verdict(workshop.runs, "toy_paper", "small") is None, "a run changed after it"
 
 
 @pytest.mark.parametrize(
@@ -128,13 +141,108 @@ def test_a_metric_that_is_nan_decides_nothing(workshop):
     assert verdict.primary.differences[1] is None
 
 
-def test_more_seeds_count_and_tuning_seeds_do_not(workshop):
-    workshop.fill([*SUPPORTED, 0.11])
+def test_seeds_beside_the_claims_are_listed_and_not_judged(workshop):
+    workshop.fill([*SUPPORTED, -9.0, -9.0])
     workshop.run("method", 100, {"test/nms_gain": 9.0, "test/ap": 9.0})
-    workshop.run("control", 100, {"test/nms_gain": 0.0, "test/ap": 0.0})
     verdict = make_verdict(workshop.runs, "toy_paper", "small")
-    assert verdict.seeds == [0, 1, 2, 3, 4, 5]
-    assert verdict.primary.n == 6
+    assert (verdict.seeds, verdict.extra_seeds) == ([0, 1, 2, 3, 4], [5, 6])
+    assert (verdict.verdict, verdict.primary.n, verdict.finished_runs) == ("supported", 5, 10)
+    console = Console(width=140, record=True, force_terminal=False)
+    console.print(render_panel(verdict))
+    assert "not judged, because the claim names other seeds: seed 5, 6" in console.export_text()
+    assert "seed 5, 6" in build_report(workshop.runs, "toy_paper").read_text()
+    assert "seed 5, 6" in write_results(workshop.runs, "toy_paper").read_text()
+
+
+def test_seeds_named_by_hand_are_judged_and_the_verdict_says_so(workshop):
+    workshop.fill([*SUPPORTED, 0.11])
+    verdict = make_verdict(workshop.runs, "toy_paper", "small", [0, 1, 2, 3, 4, 5, 100])
+    assert (verdict.seeds, verdict.extra_seeds, verdict.primary.n) == ([0, 1, 2, 3, 4, 5], [], 6)
+    assert "The seeds 0, 1, 2, 3, 4, 5 were named by hand; the claim's are 0, 1, 2, 3, 4." in verdict.reason
+    html = build_report(workshop.runs, "toy_paper", {"small": [0, 1, 2, 3, 4, 5]}).read_text()
+    assert "were named by hand" in html
+    assert "make reproduce PAPER=toy_paper SCALE=small SEEDS=0,1,2,3,4,5" in html
+    assert "by hand" not in make_verdict(workshop.runs, "toy_paper", "small").reason
+
+
+CONFIG = {
+    "slug": "toy_paper",
+    "paper": {"lr": 0.1},
+    "data": {"seed": 0, "world_seed": 0},
+    "steps": 9,
+    "start_from": None,
+}
+
+
+def configure(workshop, arm: str, seed: int, lr: float, finished: str = "2026-01-01T10:00:40+00:00", **data) -> None:
+    """Give a run folder the configuration that it was made with."""
+    folder = workshop.runs / "toy_paper" / "small" / arm / f"seed={seed}"
+    config = {
+        **CONFIG,
+        "seed": seed,
+        "paper": {"lr": lr},
+        "data": {"seed": seed, "world_seed": 0, **data},
+        "trainer": {},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"finished": finished}))
+
+
+def test_runs_of_an_arm_with_another_configuration_are_not_mixed_in(workshop):
+    workshop.fill(SUPPORTED)
+    for arm in ("method", "control"):
+        for seed in range(5):
+            changed = arm == "control" and seed in (1, 3)
+            configure(workshop, arm, seed, 0.2 if changed else 0.1, f"2026-01-0{1 if changed else 2}T10:00:00+00:00")
+    verdict = make_verdict(workshop.runs, "toy_paper", "small")
+    found = [(run.arm, run.seed, run.status) for run in verdict.missing]
+    assert found == [("control", 1, "another configuration"), ("control", 3, "another configuration")]
+    assert sorted(verdict.primary.differences) == [0, 2, 4]
+    assert (verdict.verdict, verdict.finished_runs) == ("inconclusive", 8)
+    assert "another configuration" in write_results(workshop.runs, "toy_paper").read_text()
+    configure(workshop, "control", 3, 0.2, "2026-01-03T10:00:00+00:00")
+    newest = make_verdict(workshop.runs, "toy_paper", "small")
+    assert sorted(newest.primary.differences) == [1, 3], "from folders alone the newest configuration is kept"
+
+
+def test_the_seed_and_what_follows_it_are_no_other_configuration(workshop):
+    workshop.fill(SUPPORTED)
+    for arm in ("method", "control"):
+        for seed in range(5):
+            configure(workshop, arm, seed, 0.1)
+    assert make_verdict(workshop.runs, "toy_paper", "small").finished_runs == 10
+    configure(workshop, "method", 2, 0.1, world_seed=7)
+    assert make_verdict(workshop.runs, "toy_paper", "small").finished_runs == 9
+
+
+def composed_run(workshop, arm: str, seed: int, *overrides: str) -> None:
+    """A finished run of ViT's claim with its configuration, none of it trained."""
+    cfg = compose(["experiment=vit/small", f"arm={arm}", f"seed={seed}", "variant=null", *overrides])
+    day = "2026-01-02" if overrides else "2026-01-01"
+    info = {"config_hash": config_hash(cfg), "finished": f"{day}T10:00:40+00:00"}
+    folder = Workshop(workshop.root, workshop.runs, "vit").run(arm, seed, {"test/accuracy": 0.5}, **info)
+    OmegaConf.save(cfg, folder / "config.yaml")
+
+
+def test_what_the_recipe_composes_to_is_kept_before_what_is_newest(tmp_path):
+    vit = Workshop(paths.root(), tmp_path)
+    for arm in load_claim("vit").at("small").arms:
+        for seed in (0, 1):
+            composed_run(vit, arm, seed, *(["optimizer.lr=0.5"] if (arm, seed) == ("cnn", 1) else []))
+    verdict = make_verdict(tmp_path, "vit", "small")
+    found = [(run.arm, run.seed) for run in verdict.missing if run.status == "another configuration"]
+    assert found == [("cnn", 1)]
+
+
+def test_an_earlier_stage_that_has_changed_since_is_another_configuration(tmp_path):
+    for seed in (0, 1):
+        cfg = compose(["experiment=smkd/small", "arm=smkd", f"seed={seed}"])
+        info = {"config_hash": config_hash(cfg) if seed == 0 else "of another stage"}
+        folder = Workshop(paths.root(), tmp_path, "smkd").run("smkd", seed, {"test/accuracy": 0.5}, **info)
+        OmegaConf.save(cfg, folder / "config.yaml")
+    verdict = make_verdict(tmp_path, "smkd", "small")
+    assert [run.seed for run in verdict.missing if run.status == "another configuration"] == [1]
 
 
 def test_no_runs_and_smoke_runs(workshop):

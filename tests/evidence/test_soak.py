@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from reprise import discovery
+from reprise import discovery, paths
 from reprise.evidence.soak import PaperSoak, closing_line, passed, soak, to_markdown
 
 
@@ -28,3 +29,16 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
     page = to_markdown(results, "command")
     assert "- one: exit code 1" in page
     assert "| two | 2 | 1 | 0 | 0 | 0 |" in page
+
+
+def test_the_page_tells_of_every_paper_and_of_enough_kills() -> None:
+    page = (paths.root() / "docs" / "soak.md").read_text()
+    found = re.search(r"\*\*(\d+) kills over (\d+) papers, \d+ runs: (\d+) lost, (\d+) with other final bits", page)
+    assert found is not None
+    kills, papers, lost, different = map(int, found.groups())
+    rows = set(re.findall(r"^\| (\w+) \|", page, re.MULTILINE)) - {"paper"}
+    assert (lost, different) == (0, 0)
+    published = {slug for slug in discovery.papers() if discovery.results_path(slug).exists()}
+    assert published <= rows, "python scripts/soak.py --kills 50"
+    assert papers == len(rows)
+    assert kills >= 50

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from reprise.errors import ConfigError, DataError
-from reprise.training.instantiate import instantiate
+from reprise.training.instantiate import check_values, instantiate
 
 
 def test_it_builds_nested_parts_and_partials() -> None:
@@ -29,3 +29,25 @@ def test_errors_of_a_part_keep_their_own_message() -> None:
     )
     with pytest.raises((ConfigError, DataError), match="9000"):
         instantiate(config, path="data")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_right"),
+    [
+        ("batch_size", 8, True),
+        ("batch_size", True, False),
+        ("batch_size", None, False),
+        ("label_noise", 0, True),
+        ("label_noise", "0.1x", False),
+        ("train_size", None, True),
+        ("train_size", 1.5, False),
+        ("unheard_of", "x", True),  # of that the constructor complains
+    ],
+)
+def test_values_have_the_annotated_types(key: str, value: object, is_right: bool) -> None:
+    config = {"parts": [{"_target_": "reprise.data.digits.Digits", key: value}]}
+    if is_right:
+        check_values(config, "data")
+        return
+    with pytest.raises(ConfigError, match=rf"data\.parts\[0\]\.{key} must be .*, not"):
+        check_values(config, "data")

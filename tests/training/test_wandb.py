@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from reprise.cli import main
 from reprise.data.loader import Batch
 from reprise.errors import DivergedError
 from reprise.papers.vit.module import ViTModule
+from reprise.training import wandb_mirror
 from reprise.training.run import train
-from reprise.training.wandb_mirror import HIDDEN, WandbMirror, without_secrets
+from reprise.training.wandb_mirror import HIDDEN, WandbMirror, has_key, mirror_verdict, wanted_mode, without_secrets
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 SMOKE = ["experiment=vit/small", "smoke=true", "logger=wandb"]
@@ -119,3 +121,76 @@ def test_secrets_are_hidden() -> None:
         "data": {"url": f"https://{HIDDEN}@host/x", "token": [HIDDEN], "keys": 3},
         "seed": 1,
     }
+
+
+CONTRAST = {"name": "gain", "direction": "higher", "margin": 0.0, "mean": 0.1, "ci": [0.0, 0.2], "p": 0.1, "n": 5}
+VERDICT = {"paper": "vit", "scale": "small", "statement": "s", "verdict": "supported", "reason": "r"}
+VERDICT |= {"primary": CONTRAST | {"verdict": "supported"}, "secondary": []}
+
+
+def send(folder: Path) -> OfflineRun:
+    mirror_verdict(VERDICT, folder, project="p", entity=None, tags=[])
+    newest = max((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    deadline = time.monotonic() + 60
+    while (found := read_offline(newest)).exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.1)  # W&B's own process writes the file
+    return found
+
+
+def test_a_verdict_sent_again_is_the_same_run(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    ids = [send(folder).run.run_id for folder in (*folders, folders[0])]
+    assert ids[0] == ids[2]
+    assert ids[0] != ids[1]
+
+
+def test_a_verdict_that_cannot_be_sent_is_finished_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(verdict: object) -> None:
+        raise ValueError("no such table")
+
+    monkeypatch.setattr(wandb_mirror, "contrast_rows", broken)
+    assert send(tmp_path).exit_code == 1
+    assert wandb.run is None
+    assert "the verdict is not mirrored (ValueError: no such table)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        (None, "api.wandb.ai"),
+        ("https://wandb.example.org/api", "wandb.example.org"),
+        ("http://localhost:8080", "localhost"),
+        ("wandb.example.org", "wandb.example.org"),
+    ],
+)
+def test_the_key_is_looked_up_for_the_server_in_use(
+    url: str | None, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", url or "")
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+    assert has_key()
+    (tmp_path / "netrc").write_text(f"machine elsewhere.org login user password {KEY}\n")
+    assert not has_key()
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "expected"),
+    [
+        ("", "", "offline"),
+        ("", KEY, "online"),
+        ("offline", KEY, "offline"),
+        ("disabled", "", "disabled"),
+        ("online", "", "online"),
+    ],
+)
+def test_wandb_mode_comes_first(mode: str, key: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("NETRC", "no-such-file")
+    assert wanted_mode() == expected

@@ -8,6 +8,7 @@ from pytorch_lightning import LightningDataModule
 
 from reprise.data.loader import EvalLoader, Source, StepLoader, TrainLoader, Transform
 from reprise.data.spec import DataSpec
+from reprise.errors import ConfigError
 
 
 class DataModule(LightningDataModule):
@@ -19,12 +20,23 @@ class DataModule(LightningDataModule):
         seed: of the data order and the augmentation (not of the data set's own splits).
         eval_batch_size: items in an evaluation batch of one rank.
         limit: at most this many items of each split (smoke runs), or None.
+
+    Raises:
+        ConfigError: a size that is not 1 or more.
     """
 
     def __init__(
         self, *, batch_size: int, steps: int, seed: int = 0, eval_batch_size: int = 500, limit: int | None = None
     ) -> None:
         super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ConfigError(
+                    f"data.{name} must be 1 or more, not {size}",
+                    looked_at=f"data.{name}",
+                    next_step=f"set data.{name}=...",
+                )
         self.batch_size = batch_size
         self.steps = steps
         self.seed = seed

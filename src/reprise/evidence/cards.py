@@ -78,13 +78,18 @@ class RankException(_Strict):
     """Where results depend on the number of ranks by design.
 
     `overrides` make a run rank-invariant, where possible; `when` are overrides that bring the exception about, where
-    the small recipe does not have it.
+    the small recipe does not have it; `arms` are those it holds for, where it does not hold for all.
     """
 
     what: Text
     reason: Text
     overrides: list[str] = []
     when: list[str] = []
+    arms: Annotated[list[Text], Field(min_length=1)] | None = None
+
+    def concerns(self, arm: str) -> bool:
+        """Whether the exception holds for an arm of the claim."""
+        return self.arms is None or arm in self.arms
 
 
 class Card(_Strict):

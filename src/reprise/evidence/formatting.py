@@ -64,3 +64,8 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows), ""]
+
+
+def extra_seeds(seeds: Sequence[int]) -> str:
+    """A line on finished seeds that were not judged."""
+    return f"Finished, but not judged, because the claim names other seeds: seed {', '.join(map(str, seeds))}"

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from reprise.evidence.formatting import ABSENT, interval, number, signed
+from reprise.evidence.formatting import ABSENT, extra_seeds, interval, number, signed
 from reprise.evidence.verdict import ContrastResult, Verdict
 
 COLOURS = {"supported": "green", "refuted": "red", "inconclusive": "yellow"}
@@ -24,6 +24,8 @@ def render_panel(verdict: Verdict) -> Panel:
     ]
     if verdict.missing:
         parts += [Text(), _missing(verdict)]
+    if verdict.extra_seeds:
+        parts += [Text(), Text(extra_seeds(verdict.extra_seeds), style="yellow")]
     colour = COLOURS[verdict.verdict]
     parts += [Text(), Text.assemble((verdict.verdict.upper(), f"bold {colour}"), f"  {verdict.reason}")]
     return Panel(

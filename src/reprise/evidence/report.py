@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +13,11 @@ from reprise import discovery
 from reprise.errors import ConfigError
 from reprise.evidence import figures, formatting
 from reprise.evidence.cards import Card, load_card
-from reprise.evidence.claims import load_claim
+from reprise.evidence.claims import ScaledClaim, load_claim
 from reprise.evidence.diagnostics import ArmDiagnostics, diagnose
 from reprise.evidence.files import write_text
 from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
-from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict
+from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict, read_verdict, write_verdict
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -84,8 +85,11 @@ class IndexRow:
     problem: str = ""
 
 
-def build_report(runs_dir: Path, slug: str) -> Path:
-    """Write the report of one paper and return its path.
+def build_report(runs_dir: Path, slug: str, seeds: Mapping[str, Sequence[int]] | None = None) -> Path:
+    """Write the report of one paper, with the verdict.json of each scale, and return its path.
+
+    Args:
+        seeds: by scale label those to judge in place of the claim's.
 
     Raises:
         ConfigError: no such paper, no runs of it, or its card or claim is wrong.
@@ -97,7 +101,9 @@ def build_report(runs_dir: Path, slug: str) -> Path:
             looked_at=runs_dir / slug,
             next_step=f"`reprise reproduce experiment={slug}/small` makes them",
         )
-    sections = [_section(runs_dir, slug, label, card) for label in labels]
+    sections = [_section(runs_dir, slug, label, card, (seeds or {}).get(label)) for label in labels]
+    for section in sections:
+        write_verdict(section.verdict, runs_dir)
     page = _environment().get_template("report.html.j2")
     html = page.render(
         slug=slug, card=card, sections=sections, ours=_ours(sections), statement=sections[0].verdict.statement
@@ -117,16 +123,17 @@ def _index_row(runs_dir: Path, slug: str) -> IndexRow:
     """A paper whose card or claim is wrong is shown as such: it must not hide the others."""
     labels = [label for label in scale_labels(runs_dir, slug) if label in discovery.SCALES]
     try:
-        card, verdicts = load_card(slug), [make_verdict(runs_dir, slug, label) for label in labels]
+        card = load_card(slug)
+        verdicts = [read_verdict(runs_dir, slug, label) or make_verdict(runs_dir, slug, label) for label in labels]
     except ConfigError as error:
         return IndexRow(slug, slug, "", [], error.problem)
     return IndexRow(slug, card.title, card.family, verdicts)
 
 
-def _section(runs_dir: Path, slug: str, label: str, card: Card) -> ScaleSection:
+def _section(runs_dir: Path, slug: str, label: str, card: Card, seeds: Sequence[int] | None) -> ScaleSection:
     claim, runs = load_claim(slug).at(label), find_runs(runs_dir, slug, label)
-    verdict = make_verdict(runs_dir, slug, label)
-    finished = [run for run in runs if run.is_finished and run.arm in claim.arms and run.seed in verdict.seeds]
+    verdict = make_verdict(runs_dir, slug, label, seeds)
+    finished = [run for run in runs if run.is_finished and run.name in verdict.config_hashes]
     by_arm = {name: [run.curves() for run in finished if run.arm == name] for name in claim.arms}
     metrics = figures.shown_metrics([curves for arm in by_arm.values() for curves in arm], claim.metrics())
     return ScaleSection(
@@ -138,7 +145,7 @@ def _section(runs_dir: Path, slug: str, label: str, card: Card) -> ScaleSection:
         images=_images(finished, {name: arm.label for name, arm in claim.arms.items()}),
         diagnostics=_diagnostics(finished, {name: arm.label for name, arm in claim.arms.items()}, label),
         runs=runs,
-        repeat=_repeat(verdict, finished),
+        repeat=_repeat(verdict, claim, finished),
         tuning=claim.tuning,
     )
 
@@ -162,12 +169,28 @@ def _diagnostics(finished: Sequence[RunRecord], labels: dict[str, str], scale: s
     return [each for each in found if each is not None]
 
 
-def _repeat(verdict: Verdict, finished: Sequence[RunRecord]) -> list[str]:
+def _repeat(verdict: Verdict, claim: ScaledClaim, finished: Sequence[RunRecord]) -> list[str]:
     """Commands that make these runs again: the whole claim, or for a variant its runs one by one."""
     checkout = [_checkout(commit) for commit in verdict.git_commits if len(verdict.git_commits) == 1]
-    if verdict.scale in discovery.SCALES:
-        return [*checkout, f"make reproduce PAPER={verdict.paper} SCALE={verdict.scale}"]
-    return checkout + list(dict.fromkeys(run.text("command") for run in finished if run.text("command")))
+    recorded = list(dict.fromkeys(run.text("command") for run in finished if run.text("command")))
+    if verdict.scale not in discovery.SCALES:
+        return checkout + recorded
+    words = ["make", "reproduce", f"PAPER={verdict.paper}", f"SCALE={verdict.scale}"]
+    if verdict.seeds != sorted(claim.seeds):
+        words.append("SEEDS=" + ",".join(map(str, verdict.seeds)))
+    return checkout + list(dict.fromkeys(shlex.join([*words, *_args(command)]) for command in recorded or [""]))
+
+
+def _args(command: str) -> list[str]:
+    """What a recorded `reprise reproduce` was given beside paper, scale and seeds, as `ARGS=...`."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return []
+    if words[:2] != ["reprise", "reproduce"]:
+        return []
+    own = [word for word in words[2:] if word.partition("=")[0] not in ("experiment", "seed")]
+    return [f"ARGS={shlex.join(own)}"] if own else []
 
 
 def _checkout(commit: str) -> str:
@@ -208,6 +231,7 @@ def _environment() -> Environment:
         "size": formatting.size,
         "count": formatting.count,
         "cost": cost,
+        "extra_seeds": formatting.extra_seeds,
     }
     environment.globals |= {"symbols": SYMBOLS}
     return environment

@@ -11,7 +11,7 @@ from reprise import discovery
 from reprise.errors import ConfigError
 from reprise.evidence.cards import Card, load_card
 from reprise.evidence.files import write_text
-from reprise.evidence.formatting import interval, markdown_table, number, signed
+from reprise.evidence.formatting import extra_seeds, interval, markdown_table, number, signed
 from reprise.evidence.results_file import embed, read_results, seal
 from reprise.evidence.runs import scale_labels
 from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict
@@ -124,10 +124,9 @@ def _arm_table(verdict: Verdict) -> list[str]:
 
 
 def _missing(verdict: Verdict) -> list[str]:
-    if not verdict.missing:
-        return []
     lines = [f"- {run.arm}, seed {run.seed}: {run.status} ({run.detail})" for run in verdict.missing]
-    return ["Missing runs:", "", *lines, ""]
+    missing = ["Missing runs:", "", *lines, ""] if lines else []
+    return [*missing, f"{extra_seeds(verdict.extra_seeds)}.", ""] if verdict.extra_seeds else missing
 
 
 def _environment(verdict: Verdict) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from reprise import discovery
 from reprise.evidence.claims import TUNING_SEEDS_FROM, Arm, Contrast, ScaledClaim, load_claim
+from reprise.evidence.configurations import one_configuration_an_arm
 from reprise.evidence.files import read_json, write_json
 from reprise.evidence.formatting import duration
 from reprise.evidence.runs import RunRecord, find_runs
@@ -85,7 +87,9 @@ class Verdict(_Record):
     Attributes:
         scale: the scale label of the runs.
         date: the day (ISO) on which the last run finished; None without a finished run.
-        seeds: the seeds of the claim and any other verdict seed that was run.
+        seeds: the seeds that were judged: the claim's, or those named on the command line (`reason` says so then).
+        extra_seeds: other verdict seeds with finished runs. They are not judged: to add seeds until the interval
+            suits would be optional stopping.
         config_hashes: `arm/seed=n` -> hash of the resolved configuration.
         seconds: of all finished runs together.
         cpu_seconds: processor time of all finished runs that recorded it.
@@ -100,6 +104,7 @@ class Verdict(_Record):
     verdict: Outcome
     reason: str
     seeds: list[int]
+    extra_seeds: list[int] = []
     arms: dict[str, ArmResult]
     primary: ContrastResult
     secondary: list[ContrastResult]
@@ -118,14 +123,17 @@ class Verdict(_Record):
         return [self.primary, *self.secondary]
 
 
-def make_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict:
+def make_verdict(runs_dir: Path, slug: str, scale: str, seeds: Sequence[int] | None = None) -> Verdict:
     """The verdict over the run folders of one scale label; changes nothing on disk.
+
+    Args:
+        seeds: those named on the command line; without them the claim's are judged.
 
     Raises:
         ConfigError: no such paper, or its claim is wrong or says nothing about the scale.
     """
     sweep = read_sweep(runs_dir, slug, scale)
-    verdict = judge(slug, scale, load_claim(slug).at(scale), find_runs(runs_dir, slug, scale))
+    verdict = judge(slug, scale, load_claim(slug).at(scale), find_runs(runs_dir, slug, scale), seeds)
     return verdict.model_copy(update={"wall_seconds": sweep.seconds, "jobs_at_once": sweep.jobs_at_once})
 
 
@@ -134,22 +142,39 @@ def write_verdict(verdict: Verdict, runs_dir: Path) -> Path:
     return write_json(runs_dir / verdict.paper / verdict.scale / "verdict.json", verdict.model_dump(mode="json"))
 
 
-def judge(slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord]) -> Verdict:
-    """The verdict of a claim over given runs; tuning seeds and moved-aside runs do not count."""
-    current = {
-        (run.arm, run.seed): run
-        for run in runs
-        if run.seed is not None
-        and run.seed < TUNING_SEEDS_FROM
-        and run.status != "moved aside"
-        and run.arm in claim.arms
-    }
-    seeds = sorted({*claim.seeds, *(seed for _, seed in current)})
-    finished = {key: run for key, run in current.items() if run.is_finished}
+def read_verdict(runs_dir: Path, slug: str, scale: str) -> Verdict | None:
+    """What `verdict.json` says; None where there is none that is whole and newer than every run and the claim."""
+    path = runs_dir / slug / scale / "verdict.json"
+    sources = [*path.parent.glob("*/seed=*/run.json"), *path.parent.glob("*/seed=*"), discovery.claim_path(slug)]
+    try:
+        written = path.stat().st_mtime_ns
+        if any(source.stat().st_mtime_ns > written for source in sources):
+            return None
+        return Verdict.model_validate(read_json(path))
+    except (OSError, ValueError):
+        return None
+
+
+def judge(
+    slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord], named: Sequence[int] | None = None
+) -> Verdict:
+    """The verdict of a claim over given runs.
+
+    The runs of an arm share one configuration, up to the seed; those of another one are listed among the missing.
+    Tuning seeds and runs that were moved aside do not count.
+
+    Args:
+        named: the seeds to judge in place of the claim's; tuning seeds among them are left out.
+    """
+    current = {(run.arm, run.seed): run for run in runs if run.seed is not None and _may_count(run, claim)}
+    seeds = sorted(seed for seed in set(named or ()) if seed < TUNING_SEEDS_FROM) or sorted(claim.seeds)
+    kept, others = one_configuration_an_arm(
+        slug, label, list(claim.arms), [r for r in current.values() if r.is_finished]
+    )
+    extra = {run.seed for run in kept if run.seed is not None} - set(seeds)
+    finished = {(run.arm, run.seed): run for run in kept if run.seed in seeds}
     primary, *secondary = (_contrast(contrast, seeds, finished) for contrast in claim.contrasts())
-    outcome, reason = primary.verdict, primary.reason
-    if label == "smoke":
-        outcome, reason = "inconclusive", "A smoke run proves the wiring, not the claim."
+    outcome, reason = _conclusion(label, primary, seeds, claim.seeds)
     records = list(finished.values())
     return Verdict(
         paper=slug,
@@ -159,11 +184,12 @@ def judge(slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord]) 
         verdict=outcome,
         reason=reason,
         seeds=seeds,
+        extra_seeds=sorted(extra),
         arms={name: _arm(name, arm, claim.metrics(), records) for name, arm in claim.arms.items()},
         primary=primary,
         secondary=secondary,
-        missing=_missing(claim, seeds, current),
-        config_hashes={f"{arm}/seed={seed}": run.text("config_hash") for (arm, seed), run in sorted(finished.items())},
+        missing=_missing(claim, seeds, current, others),
+        config_hashes={run.name: run.text("config_hash") for _, run in sorted(finished.items())},
         git_commits=_distinct(run.text("git_commit") for run in records),
         versions=_versions(records),
         machines=_distinct(describe_machine(run) for run in records),
@@ -171,6 +197,20 @@ def judge(slug: str, label: str, claim: ScaledClaim, runs: Sequence[RunRecord]) 
         finished_runs=len(records),
         cpu_seconds=_sum_of_known(run.cpu_seconds for run in records),
     )
+
+
+def _may_count(run: RunRecord, claim: ScaledClaim) -> bool:
+    is_verdicts = run.seed is not None and run.seed < TUNING_SEEDS_FROM
+    return is_verdicts and run.status != "moved aside" and run.arm in claim.arms
+
+
+def _conclusion(label: str, primary: ContrastResult, seeds: list[int], claimed: Sequence[int]) -> tuple[Outcome, str]:
+    if label == "smoke":
+        return "inconclusive", "A smoke run proves the wiring, not the claim."
+    if seeds == sorted(claimed):
+        return primary.verdict, primary.reason
+    shown = [", ".join(map(str, each)) for each in (seeds, sorted(claimed))]
+    return primary.verdict, f"{primary.reason} The seeds {shown[0]} were named by hand; the claim's are {shown[1]}."
 
 
 def _contrast(contrast: Contrast, seeds: list[int], finished: dict[tuple[str, int], RunRecord]) -> ContrastResult:
@@ -217,7 +257,9 @@ def _sample(values: dict[int, float], summary: Summary) -> Sample:
     return Sample(values=finite, n=summary.n, mean=summary.mean, sd=summary.sd, ci=summary.ci)
 
 
-def _missing(claim: ScaledClaim, seeds: list[int], current: dict[tuple[str, int], RunRecord]) -> list[MissingRun]:
+def _missing(
+    claim: ScaledClaim, seeds: list[int], current: Mapping[tuple[str, int], RunRecord], others: Sequence[RunRecord]
+) -> list[MissingRun]:
     missing = []
     for arm in claim.arms:
         for seed in seeds:
@@ -226,6 +268,9 @@ def _missing(claim: ScaledClaim, seeds: list[int], current: dict[tuple[str, int]
                 missing.append(MissingRun(arm=arm, seed=seed, status="not run", detail="there is no run folder"))
             elif not run.is_finished:
                 missing.append(MissingRun(arm=arm, seed=seed, status=run.status, detail=run.problem))
+            elif run in others:
+                detail = f"{run.text('config_hash')[:8] or 'an unknown one'} is not that of the runs judged"
+                missing.append(MissingRun(arm=arm, seed=seed, status="another configuration", detail=detail))
             elif absent := _absent_metrics(claim, arm, run):
                 missing.append(MissingRun(arm=arm, seed=seed, status="no metric", detail=", ".join(absent)))
     return missing
@@ -275,12 +320,3 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def read_verdict(path: Path) -> Verdict | None:
-    """A stored verdict, or None when there is none that is whole."""
-    content = read_json(path)
-    try:
-        return Verdict.model_validate(content)
-    except ValueError:
-        return None

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from reprise.config import default_arm, experiment_of, split_override, variant_name
 from reprise.errors import ConfigError
+from reprise.evidence.claims import TUNING_SEEDS_FROM
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from optuna.distributions import BaseDistribution
 
-TUNING_SEEDS_FROM = 100  # those below decide verdicts
 FORMS = "key=interval(1,9), key=tag(log,interval(1e-4,1e-1)), key=int(interval(1,9)), key=range(1,9), key=a,b,c"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -141,12 +142,19 @@ class PaperModule(LightningModule):
 
 
 def _made(factory: Callable[[Any], Made], subject: Any, group: str) -> Made:
-    """What a configured factory makes; an option it does not know is the configuration's fault."""
+    """What a configured factory makes; an option that it does not know or refuses is the configuration's fault."""
     try:
         return factory(subject)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        options: Mapping[str, Any] = getattr(factory, "keywords", {})
+        blamed = [f"{group}.{name}={value}" for name, value in options.items() if re.search(_word(value), str(error))]
         raise ConfigError(
             f"the {group} cannot be built: {error}",
-            looked_at=group,
+            looked_at=", ".join(blamed) or group,
             next_step=f"`--cfg job --package {group}` shows its options; a recipe may set one that this {group} lacks",
         ) from error
+
+
+def _word(value: object) -> str:
+    """A pattern for the value standing by itself in a message."""
+    return rf"(?<![\w.-]){re.escape(str(value))}(?![\w.])"

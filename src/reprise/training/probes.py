@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from reprise.data.loader import EvalLoader, Source
-from reprise.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -99,38 +98,3 @@ def linear_probe(
 
         solver.step(closure)
     return lambda feature: scale(feature) @ weight.detach().T + bias.detach()
-
-
-def sgd_linear_probe(
-    train: Features,
-    num_classes: int,
-    *,
-    lr: float = 30.0,
-    epochs: int = 100,
-    batch_size: int = 256,
-    momentum: float = 0.9,
-    milestones: tuple[int, ...] = (60, 80),
-    seed: int = 0,
-) -> nn.Linear:
-    """A linear classifier on features as they are, by SGD: MoCo's protocol without its augmentation.
-
-    lr 30, no decay, x 0.1 at epochs 60 and 80, weights from N(0, 0.01) (released main_lincls.py): pre-head features are
-    small, so a rate of 0.1 learns nothing.
-    """
-    device = train.value.device
-    with torch.inference_mode(False), torch.enable_grad():  # probes are fitted during evaluation
-        feature, label = train.value.detach().clone(), train.label.clone()
-        head = nn.Linear(feature.shape[1], num_classes, device=device)
-        with torch.no_grad():
-            head.weight.copy_(0.01 * torch.randn(head.weight.shape, generator=generator(seed, "probe")))
-            head.bias.zero_()
-        optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=momentum)
-        for epoch in range(epochs):
-            rate = lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
-            optimizer.param_groups[0]["lr"] = rate
-            order = torch.randperm(len(train), generator=generator(seed, "probe", epoch)).to(device)
-            for rows in order.split(batch_size):
-                optimizer.zero_grad()
-                F.cross_entropy(head(feature[rows]), label[rows]).backward()
-                optimizer.step()
-    return head

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ class RunFolder:
             "git_commit": git_commit(),
             "versions": versions(),
             "machine": machine(),
-            "command": " ".join(sys.argv),
+            "command": os.environ.get("REPRISE_COMMAND") or shlex.join(sys.argv),
         }
         write_json(self.path / "run.json", content)
         (self.path / "progress.json").unlink(missing_ok=True)  # its time is counted now

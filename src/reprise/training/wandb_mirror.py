@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pytorch_lightning.utilities import rank_zero_only
 
 from reprise.training.recording import CurveLogger
 from reprise.training.runfolder import RunFolder
 
+PUBLIC_SERVER = "https://api.wandb.ai"
 INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0
 SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
@@ -28,14 +30,25 @@ CONTRAST_COLUMNS = ("contrast", "claimed", "difference", "ci_low", "ci_high", "p
 
 
 def has_key() -> bool:
-    """Whether a W&B key is configured by environment or netrc (its value is never read further)."""
+    """Whether a W&B key is configured by environment or netrc for the server in use (its value is not read further)."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
-        return path.exists() and netrc.netrc(path).authenticators("api.wandb.ai") is not None
+        return path.exists() and netrc.netrc(path).authenticators(server()) is not None
     except (netrc.NetrcParseError, OSError):
         return False
+
+
+def server() -> str:
+    """The host of W&B's API: that of WANDB_BASE_URL, or the public one."""
+    address = os.environ.get("WANDB_BASE_URL") or PUBLIC_SERVER
+    return urlsplit(address if "://" in address else f"https://{address}").hostname or ""
+
+
+def wanted_mode() -> str:
+    """What WANDB_MODE says; without it online where there is a key, else offline."""
+    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
@@ -155,7 +168,7 @@ def start(**options: Any) -> Any:
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=False,
     )
-    mode: Any = "offline" if not has_key() else os.environ.get("WANDB_MODE", "online")
+    mode = wanted_mode()
     if mode == "offline":
         tell("this run is kept offline (no key, or WANDB_MODE=offline); `wandb sync` uploads it later")
         return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
@@ -174,7 +187,9 @@ def tell(text: str) -> None:
 def mirror_verdict(
     verdict: Mapping[str, Any], folder: Path, *, project: str, entity: str | None, tags: Sequence[str]
 ) -> None:
-    """The verdict as the summary run of its group: job type `verdict`, a table of contrasts and one of arms.
+    """The verdict as the summary run of its group: job type `verdict`, with a table of contrasts.
+
+    A folder has one such run, which a repeated verdict goes on with; it is finished, as failed where sending failed.
 
     Args:
         verdict: the content of verdict.json.
@@ -193,14 +208,27 @@ def mirror_verdict(
             tags=[slug, scale, "verdict", *tags],
             config={"paper": slug, "scale": scale, "statement": verdict["statement"]},
             dir=str(folder),
+            id=hashlib.sha256(f"verdict {folder.resolve()}".encode()).hexdigest()[:16],
+            resume="allow",
         )
-        run.log({"contrasts": wandb.Table(columns=list(CONTRAST_COLUMNS), data=contrast_rows(verdict))})
-        low, high = primary["ci"] or (None, None)
-        facts = {"verdict": verdict["verdict"], "reason": verdict["reason"], "difference": primary["mean"]}
-        run.summary.update({**facts, "ci_low": low, "ci_high": high, "p": primary["p"], "seeds": primary["n"]})
-        run.finish()
+        with _finished(run):
+            run.log({"contrasts": wandb.Table(columns=list(CONTRAST_COLUMNS), data=contrast_rows(verdict))})
+            low, high = primary["ci"] or (None, None)
+            facts = {"verdict": verdict["verdict"], "reason": verdict["reason"], "difference": primary["mean"]}
+            run.summary.update({**facts, "ci_low": low, "ci_high": high, "p": primary["p"], "seeds": primary["n"]})
     except Exception as error:  # as for runs: the verdict stands without W&B
         tell(f"the verdict is not mirrored ({type(error).__name__}: {error}); it stands in {folder / 'verdict.json'}")
+
+
+@contextmanager
+def _finished(run: Any) -> Iterator[None]:
+    """The W&B run is finished on each way out."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        run.finish(exit_code=exit_code)
 
 
 def contrast_rows(verdict: Mapping[str, Any]) -> list[list[Any]]:
