@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.golden import Adapter, GoldenCase, gradient_of
+from reprise.golden import Adapter, GoldenCase, clip_gradients, gradient_of
 from reprise.nn.backbone import ResNetBackbone
 from reprise.nn.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou, xyxy_to_cxcywh
 from reprise.nn.detection import pad_images, set_detections
@@ -157,7 +157,7 @@ def train_steps(case: GoldenCase) -> Tensors:
         loss = loss_function(output.logits, output.boxes, _targets(case, len(image), f"step{number}_")).total
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(detector.parameters(), config["clip_max_norm"])
+        norm = clip_gradients(detector.parameters(), config["clip_max_norm"])
         outputs[f"loss_step{number}"] = loss.detach()
         outputs[f"lr_step{number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
         outputs[f"gradnorm_step{number}"] = norm

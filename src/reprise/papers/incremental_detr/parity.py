@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reprise.golden import Adapter, GoldenCase, gradient_of
+from reprise.golden import Adapter, GoldenCase, clip_gradients, gradient_of
 from reprise.nn.deformable import DeformableAttention, compass, deformable_attention
 from reprise.nn.detection import pad_images, top_detections
 from reprise.nn.matching import PaddedTargets, matching_cost, pad_targets
@@ -281,7 +281,7 @@ def train_steps(case: GoldenCase) -> Tensors:
         loss = loss_function.incremental(predictions(detector(image, mask)), base, targets, sizes)
         optimizer.zero_grad()
         loss.total.backward()
-        outputs[f"gradnorm_step{number}"] = torch.nn.utils.clip_grad_norm_(trained, config["clip_max_norm"])
+        outputs[f"gradnorm_step{number}"] = clip_gradients(trained, config["clip_max_norm"])
         optimizer.step()
         outputs[f"loss_step{number}"] = loss.total.detach()
         outputs |= {f"{name}_step{number}": loss.parts[name].detach() for name in ("loss_cls_kd", "loss_kd")}
