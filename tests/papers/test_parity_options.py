@@ -17,8 +17,9 @@ from reprise.papers.fedntd.parity import ADAPTERS as FEDNTD
 from reprise.papers.incremental_detr.parity import ADAPTERS as INCREMENTAL_DETR
 from reprise.papers.sam.parity import ADAPTERS as SAM
 from reprise.papers.transformer.parity import ADAPTERS as TRANSFORMER
+from reprise.papers.vit.parity import ADAPTERS as VIT
 
-ADAPTERS = {**DETR, **FEDNTD, **INCREMENTAL_DETR, **SAM, **TRANSFORMER}
+ADAPTERS = {**DETR, **FEDNTD, **INCREMENTAL_DETR, **SAM, **TRANSFORMER, **VIT}
 
 
 def stored(goldens: Path, name: str, **changes: Any) -> GoldenCase:
@@ -96,6 +97,19 @@ def test_the_release_counts_two_batches_a_step_whatever_the_radius(goldens: Path
     counters = [name for name in norm if name.endswith("num_batches_tracked")]
     assert counters
     assert all(torch.equal(none[name], norm[name]) for name in counters)
+
+
+def test_the_jax_code_does_not_clip_to_a_norm_of_zero(goldens: Path) -> None:
+    zero, huge = (run(stored(goldens, "sam/google_sgd", gradient_clipping=limit)) for limit in (0, 1e9))
+    assert zero["step0/grad_norm_after_clipping"] > 0
+    torch.testing.assert_close(dict(zero), dict(huge))
+
+
+def test_an_accumulator_without_a_type_has_that_of_the_weights(goldens: Path) -> None:
+    none, full = (
+        run(stored(goldens, "vit/finetune_drop_head", accumulator_dtype=kind, steps=2)) for kind in (None, "float32")
+    )
+    assert torch.equal(none["losses"], full["losses"])
 
 
 def test_rates_of_the_released_sets(goldens: Path) -> None:
