@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,12 @@ def load_case(folder: Path) -> StoredCase:
 def gradient_of(leaf: Tensor) -> Tensor:
     """The gradient of a leaf after backward, zero where the loss does not depend on it."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Clip to a total norm, where 0 stands for no clipping (as official training engines have it).
+
+    Returns:
+        the total norm before clipping, scalar.
+    """
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)

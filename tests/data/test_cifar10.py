@@ -98,7 +98,7 @@ def test_augmentation_and_normalisation(root: Path):
         make(normalise="other")
 
 
-@pytest.mark.parametrize("options", [{"val_size": 0}, {"val_size": 100}, {"train_size": 81}, {"label_noise": 2}])
+@pytest.mark.parametrize("options", [{"val_size": -1}, {"val_size": 100}, {"train_size": 81}, {"label_noise": 2}])
 def test_wrong_options_are_refused(root: Path, options: dict[str, object]):
     with pytest.raises(ConfigError):
         make(**options)
@@ -187,3 +187,16 @@ def test_the_real_images():
     assert image.mean((0, 2, 3)).abs().max() < 0.05
     assert (image.std((0, 2, 3)) - 1).abs().max() < 0.05
     assert registry.check("cifar10").facts == {"train": 50_000, "test": 10_000}
+
+
+def test_without_held_out_images_all_train_and_the_test_images_validate(root: Path):
+    write_pickles(root)
+    module = make(val_size=0)
+    assert {split: len(module.source(split)) for split in ("train", "val", "test")} == {
+        "train": 100,
+        "val": 20,
+        "test": 20,
+    }
+    assert dict(module.spec.sizes) == {"train": 100, "val": 20, "test": 20}
+    images = [module.source(split).fetch(torch.arange(20))["image"] for split in ("val", "test")]
+    assert torch.equal(*images)

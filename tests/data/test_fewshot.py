@@ -158,4 +158,11 @@ def test_photographs_in_class_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     batch = data.train_dataloader().batch(1)
     assert batch["global_1"].shape == (4, 3, 28, 28)
     assert batch["mask"].shape == (4, 2, 4, 4)
-    assert next(iter(data.test_dataloader()))["image"].shape == (6, 3, 28, 28)
+    image = next(iter(data.test_dataloader()))["image"]
+    assert image.shape == (6, 3, 28, 28)
+    cifar = FewShotFolders(classes=[2, 2, 2], image_size=28, resize=32, normalise="cifar", **options)
+    level = 255 * data.normalisation.invert(image)
+    expected = (level - torch.tensor([129.4, 124.1, 112.5])[:, None, None]) / torch.tensor([68.2, 65.4, 70.5])[
+        :, None, None
+    ]
+    torch.testing.assert_close(next(iter(cifar.test_dataloader()))["image"], expected, atol=1e-4, rtol=1e-4)

@@ -125,6 +125,19 @@ def test_imagenet_splits_and_batches(imagenet: Path):
     assert len(make_imagenet(limit=2).source("train")) == 2
 
 
+def test_imagenet_pictures_may_be_scaled_to_the_square_whole(imagenet: Path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 40:] = 255
+    Image.fromarray(pixels).save(imagenet / "val" / "n01" / "0.JPEG", format="JPEG", quality=95)
+    cropped, whole = (
+        make_imagenet(resize=side, normalise="unit").source("test").fetch(torch.tensor([0]))["image"]
+        for side in (20, None)
+    )
+    assert whole.shape == cropped.shape == (1, 3, 16, 16)
+    assert whole[..., -3:].min() > 0.9
+    assert cropped.max() < 0.1
+
+
 def test_imagenet_evaluation_of_two_ranks_covers_every_item(imagenet: Path):
     module = make_imagenet(eval_batch_size=2)
     loader = module.test_dataloader()

@@ -37,6 +37,14 @@ def test_a_scale_may_replace_the_contrasts(workshop):
     assert claim.primary.value({"method": {"test/ap": 0.5}}) == 0.5
 
 
+def test_a_scale_may_test_a_statement_of_its_own(workshop):
+    scales = {"small": {"seeds": [0]}, "paper": {"seeds": [0], "statement": "Something narrower."}}
+    workshop.write_claim(changed(CLAIM, scales=scales))
+    claim = load_claim("toy_paper")
+    assert claim.at("small").statement == CLAIM["statement"]
+    assert claim.at("paper").statement == "Something narrower."
+
+
 def test_contrast_sums_terms_and_reads_other_metrics():
     contrast = Contrast(
         name="interaction", metric="a", plus=["x", "y:b"], minus=["z", "x:b"], direction="higher", margin=0

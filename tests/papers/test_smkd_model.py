@@ -20,7 +20,7 @@ from reprise.papers.smkd import steps
 from reprise.papers.smkd.model import (
     DistillationNetwork,
     WeightNormLinear,
-    attention_of,
+    block_with_attention,
     follow,
     make_teacher,
     network,
@@ -69,7 +69,8 @@ def test_attention_is_that_of_the_block() -> None:
     block, x = tiny().backbone.blocks[0].eval(), torch.randn(2, 5, 24)
     assert isinstance(block, Block)
     assert isinstance(block.attn, Attention)
-    weights = attention_of(block, x)
+    output, weights = block_with_attention(block, x)
+    assert torch.equal(output, block(x))
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
     value = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 8))[:, :, 2].transpose(1, 2)
     mixed = block.attn.proj((weights @ value).transpose(1, 2).flatten(2))

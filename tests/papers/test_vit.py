@@ -27,6 +27,7 @@ from reprise.papers.vit.weights import (
     export_weights,
     import_weights,
 )
+from reprise.training.probes import Features
 from reprise.training.weights import read_weights
 
 
@@ -314,7 +315,8 @@ def test_few_shot_takes_the_same_number_of_every_class() -> None:
     with pytest.raises(ValueError, match="fewer than 4"):
         first_of_each_class(label, 2, 4)
     feature = F.one_hot(label, 2).float()
-    assert few_shot_accuracy((feature, label), (feature, label), num_classes=2, shots=2) == 1.0
+    items = Features(feature, label)
+    assert few_shot_accuracy(items, items, num_classes=2, shots=2) == 1.0
 
 
 def test_rollout_of_uniform_attention_is_flat_and_of_one_sided_attention_is_not() -> None:

@@ -18,7 +18,7 @@ from reprise.cli import main
 from reprise.config import compose
 from reprise.errors import CheckpointError
 from reprise.training.run import build
-from reprise.training.weights import read_weights
+from reprise.training.weights import find_weights, read_weights
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
 
@@ -28,6 +28,20 @@ def test_pth_files(tmp_path: Path, wrap: str | None) -> None:
     path = tmp_path / "w.pth"
     torch.save({wrap: STATE, "epoch": 3} if wrap else STATE, path)
     assert all(torch.equal(value, STATE[name]) for name, value in read_weights(path).items())
+
+
+def test_weights_are_found_by_path_and_below_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "data"))
+    own, shared = tmp_path / "own.npz", tmp_path / "data" / "toy" / "shared.npz"
+    shared.parent.mkdir(parents=True)
+    for file in (own, shared):
+        file.write_bytes(b"")
+    assert find_weights(str(own), "toy", next_step="bring it") == own
+    assert find_weights("shared.npz", "toy", next_step="bring it") == shared
+    with pytest.raises(CheckpointError, match=r"'absent\.npz' do not exist") as error:
+        find_weights("absent.npz", "toy", next_step="bring it")
+    assert str(shared.parent / "absent.npz") in str(error.value)
+    assert "bring it" in str(error.value)
 
 
 def test_npz_and_safetensors(tmp_path: Path) -> None:

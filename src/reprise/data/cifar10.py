@@ -129,7 +129,7 @@ class CIFAR10(DataModule):
 
     Args:
         val_size: images held out of the 50,000 for validation, stratified, drawn by `split_seed`; test is the official
-            one.
+            one. With 0, validation uses the official test images as well: nothing may be chosen by it.
         train_size: a stratified subset of what remains, drawn by `subset_seed` (the same for every run unless the
             recipe says `subset_seed: ${seed}`), or None for all.
         label_noise: fraction of TRAIN labels replaced by a wrong class, drawn by `noise_seed`.
@@ -160,7 +160,7 @@ class CIFAR10(DataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, steps=steps, seed=seed, eval_batch_size=eval_batch_size, limit=limit)
         left = COUNTS["train"] - val_size
-        if not 0 < val_size < COUNTS["train"]:
+        if not 0 <= val_size < COUNTS["train"]:
             raise ConfigError(f"{val_size} validation images of {COUNTS['train']}", looked_at="data.val_size")
         if train_size is not None and not 0 < train_size <= left:
             raise ConfigError(f"{train_size} training images, but {left} are left", looked_at="data.train_size")
@@ -174,7 +174,7 @@ class CIFAR10(DataModule):
 
     @property
     def spec(self) -> DataSpec:
-        sizes = {"train": self.train_size, "val": self.val_size, "test": COUNTS["test"]}
+        sizes = {"train": self.train_size, "val": self.val_size or COUNTS["test"], "test": COUNTS["test"]}
         return DataSpec(
             name="cifar10",
             image_shape=(3, 32, 32),
@@ -184,9 +184,13 @@ class CIFAR10(DataModule):
             source="https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009)",
         )
 
+    def is_official_test(self, split: str) -> bool:
+        """Whether a split is made of the official test images."""
+        return split == "test" or (split == "val" and not self.val_size)
+
     def _chosen(self, split: str, label: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Indices of a split in stratified order, so that every beginning of it holds the classes evenly."""
-        if split == "test":
+        if self.is_official_test(split):
             return stratified_order(label, self.split_seed, "cifar10/test")
         sizes = [self.val_size, COUNTS["train"] - self.val_size]
         val, train = stratified_parts(label, sizes, self.split_seed, "cifar10")
@@ -195,7 +199,7 @@ class CIFAR10(DataModule):
         return train[stratified_order(label[train], self.subset_seed, "subset")[: self.train_size]]
 
     def build_source(self, split: str) -> ImageSource:
-        arrays = read_split("test" if split == "test" else "train")
+        arrays = read_split("test" if self.is_official_test(split) else "train")
         label = np.asarray(arrays["label"])
         chosen = self._chosen(split, label)
         fraction = self.label_noise if split == "train" else 0.0

@@ -29,7 +29,8 @@ class ImageFolderItems:
     Args:
         folder: has one folder of images for each class.
         classes: how many classes there must be.
-        image_size: S. Training: a random resized crop. Evaluation: shorter side to `resize`, then the centre.
+        image_size: S. Training: a random resized crop. Evaluation: shorter side to `resize`, then the centre;
+            with `resize` None the whole picture, scaled to the square whatever its shape.
         crop_scale: share of the area of random resized crops; the aspect ratio is 3/4 to 4/3.
         flip: mirror training images with probability one half.
     """
@@ -37,7 +38,7 @@ class ImageFolderItems:
     folder: Path
     classes: int
     image_size: int
-    resize: int
+    resize: int | None
     crop_scale: tuple[float, float]
     flip: bool
     normalisation: Normalisation
@@ -73,6 +74,8 @@ class ImageFolderItems:
             side = [self.image_size, self.image_size]
             image = v2.RandomResizedCrop(side, scale=self.crop_scale, antialias=True)(image)
             image = tvf.horizontal_flip(image) if self.flip and torch.rand(()) < 0.5 else image
+        elif self.resize is None:
+            image = tvf.resize(image, [self.image_size, self.image_size], antialias=True)
         else:
             image = tvf.resize(image, [self.resize], antialias=True)
             image = tvf.center_crop(image, [self.image_size, self.image_size])
@@ -112,7 +115,7 @@ class ImageNet(FolderDataModule):
         self,
         *,
         image_size: int = 224,
-        resize: int = 256,
+        resize: int | None = 256,
         crop_scale: Sequence[float] = (0.08, 1.0),
         flip: bool = True,
         val_size: int = 10_000,
@@ -122,7 +125,7 @@ class ImageNet(FolderDataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if resize < image_size:
+        if resize is not None and resize < image_size:
             raise ConfigError(f"a centre of {image_size} does not fit a side of {resize}", looked_at="data.resize")
         if not 0 <= val_size < COUNTS["train"]:
             raise ConfigError(f"{val_size} validation images of {COUNTS['train']}", looked_at="data.val_size")

@@ -23,6 +23,9 @@ from reprise.paths import data_root
 from reprise.seeding import derive
 
 IMAGES_PER_CLASS = 600
+# Of CIFAR-FS and FC100 (released SMKD code, in 8-bit levels).
+CIFAR_MEAN = tuple(level / 255 for level in (129.4, 124.1, 112.5))
+CIFAR_STD = tuple(level / 255 for level in (68.2, 65.4, 70.5))
 SPLITS = ("train", "val", "test")
 
 
@@ -52,7 +55,7 @@ class FewShotFolders(FolderDataModule):
         image_size, resize: evaluation: shorter side to `resize`, then the centre of `image_size`.
         views, masks, patch: see `fewshot.FewShotImages`.
         stage: 1 or 2; stage 2 draws other batches than a stage 1 of `stage1_steps`.
-        normalise: `standard` (ImageNet's mean and std), `symmetric` or `unit`.
+        normalise: `standard` (ImageNet's mean and std), `cifar` (those of CIFAR-FS and FC100), `symmetric` or `unit`.
     """
 
     def __init__(
@@ -79,7 +82,9 @@ class FewShotFolders(FolderDataModule):
         self.image_size, self.resize, self.masks = image_size, resize, masks
         self.views: dict[str, ViewOptions] = view_options(views)
         self.grids = mask_grids(self.views, patch)
-        self.normalisation = Normalisation.named(normalise, MEAN, STD)
+        self.normalisation = (
+            Normalisation(CIFAR_MEAN, CIFAR_STD) if normalise == "cifar" else Normalisation.named(normalise, MEAN, STD)
+        )
 
     @property
     def spec(self) -> DataSpec:

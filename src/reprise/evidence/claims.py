@@ -91,6 +91,7 @@ class ScaleChanges(_Strict):
     """What one scale sets: its seeds, and whatever differs from the claim."""
 
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=TUNING_SEEDS_FROM)]], Field(min_length=1)]
+    statement: Text | None = None
     arms: list[str] | None = None
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     primary: Contrast | None = None
@@ -184,7 +185,7 @@ class Claim(_Strict):
                 raise ValueError(f"scales.{scale}.arms: there is no arm {name!r}; arms: {', '.join(self.arms)}")
         return ScaledClaim(
             scale=scale,
-            statement=self.statement,
+            statement=changes.statement or self.statement,
             arms={name: arm for name, arm in self.arms.items() if changes.arms is None or name in changes.arms},
             primary=primary,
             secondary=self.secondary if changes.secondary is None else changes.secondary,

@@ -65,18 +65,19 @@ def _document(card: Card, verdicts: Sequence[Verdict]) -> str:
         "",
     ]
     for verdict in verdicts:
-        lines += _scale(card, verdict)
+        lines += _scale(card, verdict, own_statement=verdict.statement != verdicts[0].statement)
     lines += ["## What the small recipe leaves out", "", *(f"- {item}" for item in card.small_leaves_out), ""]
     data = {verdict.scale: verdict.model_dump(mode="json") for verdict in verdicts}
     return "\n".join([*lines, *embed(data), ""])
 
 
-def _scale(card: Card, verdict: Verdict) -> list[str]:
+def _scale(card: Card, verdict: Verdict, *, own_statement: bool) -> list[str]:
     return [
         f"## {verdict.scale}: **{verdict.verdict}**",
         "",
         f"{verdict.reason} Data: {card.data.get(verdict.scale) or 'not named'}. Last run: {verdict.date or 'never'}.",
         "",
+        *([f"> {verdict.statement}", ""] if own_statement else []),
         *_contrast_table(verdict.contrasts()),
         *_arm_table(verdict),
         *_missing(verdict),

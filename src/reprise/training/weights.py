@@ -14,6 +14,7 @@ from torch import Tensor
 from reprise import config as configuration
 from reprise import discovery
 from reprise.errors import CheckpointError, ConfigError
+from reprise.paths import data_root
 from reprise.training.instantiate import instantiate
 from reprise.training.torchscript import is_torchscript, read_torchscript
 
@@ -47,6 +48,23 @@ class Unread:
 
     def __setstate__(self, _: object) -> None:
         pass
+
+
+def find_weights(name: str, slug: str, *, next_step: str) -> Path:
+    """A file of official weights, by its path or by its name below `<data root>/<slug>`.
+
+    Raises:
+        CheckpointError: it is in neither place; `next_step` says where it comes from.
+    """
+    places = [Path(name).expanduser(), data_root() / slug / name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise CheckpointError(
+        f"the pre-trained weights {name!r} do not exist",
+        looked_at=" and ".join(str(place.absolute()) for place in places),
+        next_step=next_step,
+    )
 
 
 def read_weights(path: Path, state_keys: Sequence[str] = ()) -> dict[str, Tensor]:

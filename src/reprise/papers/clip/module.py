@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reprise import paths
 from reprise.data.captions import Captioned
 from reprise.data.loader import Batch, EvalLoader
-from reprise.errors import CheckpointError, ConfigError
+from reprise.errors import ConfigError
 from reprise.papers.clip import evaluation
 from reprise.papers.clip.model import CLIP
 from reprise.papers.clip.objectives import Objective
 from reprise.papers.clip.weights import import_weights
 from reprise.training.module import OptimizerFactory, PaperModule, Picture, ScheduleFactory
 from reprise.training.probes import Features
-from reprise.training.weights import read_weights
+from reprise.training.weights import find_weights, read_weights
 
 RECALLS = (1, 5)
 
@@ -95,7 +93,9 @@ class CLIPModule(PaperModule):
                 next_step="vocab_size is merges + 514",
             )
         if self.pretrained is not None:
-            self.model.load_state_dict(import_weights(read_weights(_find(self.pretrained)), self.model))
+            step = "download an official archive (openai/CLIP, clip.py lists them) and name it in paper.pretrained"
+            official = find_weights(self.pretrained, "clip", next_step=step)
+            self.model.load_state_dict(import_weights(read_weights(official), self.model))
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.model(image, text)
@@ -197,15 +197,3 @@ class CLIPModule(PaperModule):
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def _find(name: str) -> Path:
-    places = [Path(name).expanduser(), paths.data_root() / "clip" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise CheckpointError(
-        f"the pre-trained weights {name!r} do not exist",
-        looked_at=" and ".join(str(place.absolute()) for place in places),
-        next_step="download an official archive (openai/CLIP, clip.py lists them) and name it in paper.pretrained",
-    )

@@ -30,6 +30,8 @@ LOGGED_PARTS = ("loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality
 def parameter_groups(model: nn.Module, lr_backbone: float | None) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: all but the backbone, and the backbone with its own learning rate.
 
+    Both are there also when one is empty (a frozen backbone, or masks over a frozen detector).
+
     Args:
         lr_backbone: None for the rate of the others.
     """
@@ -40,7 +42,7 @@ def parameter_groups(model: nn.Module, lr_backbone: float | None) -> list[dict[s
     ]
     if lr_backbone is not None:
         groups[1]["lr"] = lr_backbone
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 class DetrModule(PaperModule):

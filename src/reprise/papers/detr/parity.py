@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.golden import Adapter, GoldenCase, gradient_of
+from reprise.golden import Adapter, GoldenCase, clip_gradients, gradient_of
 from reprise.nn.backbone import ResNetBackbone
 from reprise.nn.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou, xyxy_to_cxcywh
 from reprise.nn.detection import pad_images, set_detections
+from reprise.nn.golden_detection import gradients_of, images_of, losses_of, targets_of
 from reprise.nn.matching import match, matching_cost, pad_targets
 from reprise.nn.position import LearnedPosition2d, sine_position_2d
-from reprise.papers.detr.criterion import SetCriterion, SetLoss, dice_loss, focal_loss
+from reprise.papers.detr.criterion import SetCriterion, dice_loss, focal_loss
 from reprise.papers.detr.model import DETR, DetrOutput
 from reprise.papers.detr.module import parameter_groups
 from reprise.papers.detr.segmentation import DETRSegmentation, instance_masks
@@ -55,7 +56,7 @@ def mask_losses(case: GoldenCase) -> Tensors:
 
 def matcher(case: GoldenCase) -> Tensors:
     config = case.config
-    targets = pad_targets(_targets(case, len(config["target_counts"])))
+    targets = pad_targets(targets_of(case, len(config["target_counts"])))
     cost = matching_cost(
         case.inputs["logits"].softmax(-1),
         case.inputs["boxes"],
@@ -98,33 +99,34 @@ def postprocess(case: GoldenCase) -> Tensors:
 def criterion(case: GoldenCase) -> Tensors:
     logits, boxes = (case.inputs[name].clone().requires_grad_() for name in ("logits", "boxes"))
     loss_function = _criterion(case.config)
-    loss = loss_function(logits, boxes, _targets(case, logits.shape[1]))
+    loss = loss_function(logits, boxes, targets_of(case, logits.shape[1]))
     loss.total.backward()
     gradients = {"grad_logits": gradient_of(logits), "grad_boxes": gradient_of(boxes)}
-    return _losses(loss) | gradients | {"empty_weight": loss_function.class_weight}
+    return losses_of(loss) | gradients | {"empty_weight": loss_function.class_weight}
 
 
 def model(case: GoldenCase) -> Tensors:
     detector = build_detr(case.config)
     detector.load_state_dict(import_weights(case.weights, detector))
     detector.eval()
-    image, mask = pad_images(_images(case))
+    image, mask = pad_images(images_of(case))
     output = detector(image, mask)
-    targets = _targets(case, len(image))
+    targets = targets_of(case, len(image))
     loss_function = _criterion(case.config)
     loss = loss_function(output.logits, output.boxes, targets)
     loss.total.backward()
-    return _detector_outputs(case, image, output, loss_function, targets) | _losses(loss) | _gradients(case, detector)
+    outputs = _detector_outputs(case, image, output, loss_function, targets)
+    return outputs | losses_of(loss) | gradients_of(case, detector)
 
 
 def segmentation(case: GoldenCase) -> Tensors:
     network = DETRSegmentation(build_detr(case.config))
     network.load_state_dict(import_weights(case.weights, network))
     network.eval()
-    images = _images(case)
+    images = images_of(case)
     image, mask = pad_images(images)
     output, masks, attention = network(image, mask)
-    targets = _targets(case, len(image))
+    targets = targets_of(case, len(image))
     loss_function = _criterion(case.config)
     loss = loss_function(output.logits, output.boxes, targets, masks)
     loss.total.backward()
@@ -133,8 +135,8 @@ def segmentation(case: GoldenCase) -> Tensors:
     binary = instance_masks(masks.detach(), sizes, torch.tensor(case.config["orig_sizes"]), threshold=threshold)
     return (
         _detector_outputs(case, image, output, loss_function, targets)
-        | _losses(loss)
-        | _gradients(case, network)
+        | losses_of(loss)
+        | gradients_of(case, network)
         | {"pred_masks": masks.detach(), "bbox_attention": attention.detach()}
         | {f"det{index}_masks": one.unsqueeze(1).to(torch.uint8) for index, one in enumerate(binary)}
     )
@@ -152,12 +154,12 @@ def train_steps(case: GoldenCase) -> Tensors:
     schedule = step_schedule(optimizer, milestones=drops)
     outputs: Tensors = {}
     for number in range(config["steps"]):
-        image, mask = pad_images(_images(case, f"step{number}_"))
+        image, mask = pad_images(images_of(case, f"step{number}_"))
         output = detector(image, mask)
-        loss = loss_function(output.logits, output.boxes, _targets(case, len(image), f"step{number}_")).total
+        loss = loss_function(output.logits, output.boxes, targets_of(case, len(image), f"step{number}_")).total
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(detector.parameters(), config["clip_max_norm"])
+        norm = clip_gradients(detector.parameters(), config["clip_max_norm"])
         outputs[f"loss_step{number}"] = loss.detach()
         outputs[f"lr_step{number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
         outputs[f"gradnorm_step{number}"] = norm
@@ -214,22 +216,6 @@ def _criterion(config: Mapping[str, Any]) -> SetCriterion:
     )
 
 
-def _images(case: GoldenCase, prefix: str = "") -> list[Tensor]:
-    return [case.inputs[f"{prefix}img{index}"] for index in range(len(case.config["image_sizes"]))]
-
-
-def _targets(case: GoldenCase, count: int, prefix: str = "") -> list[dict[str, Tensor]]:
-    fields = ("labels", "boxes", "masks")
-    names = [{field: f"{prefix}tgt{index}_{field}" for field in fields} for index in range(count)]
-    return [{field: case.inputs[name] for field, name in one.items() if name in case.inputs} for one in names]
-
-
-def _losses(loss: SetLoss) -> Tensors:
-    percent = {"class_error": 100.0}
-    parts = {f"loss/{name}": value.detach() * percent.get(name, 1.0) for name, value in loss.parts.items()}
-    return parts | {"loss_total": loss.total.detach()}
-
-
 def _detector_outputs(
     case: GoldenCase,
     image: Tensor,
@@ -254,11 +240,6 @@ def _detector_outputs(
         values[f"match{index}_src"], values[f"match{index}_tgt"] = matches.of(0, index)
         values |= {f"det{index}_{name}": value for name, value in found.items()}
     return {name: value.detach() for name, value in values.items()}
-
-
-def _gradients(case: GoldenCase, network: torch.nn.Module) -> Tensors:
-    parameters = dict(network.named_parameters())
-    return {f"grad_{name}": gradient_of(parameters[name]) for name in case.config["grads"]}
 
 
 ADAPTERS: dict[str, Adapter] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from reprise.golden import GoldenCase
 from reprise.papers.fedntd.algorithms import (
     FedAvg,
     FedAvgM,
+    FedCurv,
     FedDyn,
     FedKD,
     FedNova,
@@ -170,7 +172,7 @@ def rounds(case: GoldenCase) -> Outputs:
 
 def _algorithm(config: Mapping[str, Any]) -> FedAvg:
     """By the release's names of algorithms and of their options."""
-    official: dict[str, tuple[type[FedAvg], dict[str, str]]] = {
+    official: dict[str, tuple[Callable[..., FedAvg], dict[str, str]]] = {
         "fedavg": (FedAvg, {}),
         "fedntd": (FedNTD, {"beta": "beta", "tau": "tau"}),
         "fedkd": (FedKD, {"beta": "beta", "tau": "tau"}),
@@ -180,6 +182,7 @@ def _algorithm(config: Mapping[str, Any]) -> FedAvg:
         "scaffold": (Scaffold, {}),
         "moon": (Moon, {"mu": "mu", "tau": "tau"}),
         "feddyn": (FedDyn, {"dyn_alpha": "alpha"}),
+        "fedcurv": (partial(FedCurv, cumulative=True), {"size": "samples", "lam": "lam"}),
     }
     algorithm, names = official[config["algo"]]
     return algorithm(**{ours: config[theirs] for theirs, ours in names.items() if theirs in config})
@@ -191,7 +194,10 @@ def _round(
     clients = [_client(case, slot, int(client)) for slot, client in enumerate(chosen)]
     contexts = [algorithm.context(state, chosen, slot) for slot in range(len(clients))]
     received = flat.vector()
-    results = ClientTraining(flat, algorithm)(received, clients, contexts, sgd)
+    training = ClientTraining(flat, algorithm)
+    results = training(received, clients, contexts, sgd)
+    for client, result in zip(clients, results, strict=True):
+        result.uploads = algorithm.upload(training, client, result)
     sizes = torch.tensor([client["size"] for client in clients])
     steps = torch.tensor([len(client["splits"]) for client in clients])
     return Round(received, chosen, sizes, steps, sgd, results, case.config["n_clients"])

@@ -5,7 +5,7 @@ Legend: L layers, B images, Q queries, C class outputs, M most objects in an ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,6 +89,8 @@ class IncrementalCriterion(nn.Module):
         focal_alpha, focal_gamma: of the class term.
         aux_loss: also train the decoder layers before the last.
         pseudo_coef: lambda', of the pseudo objects' set loss.
+        pseudo_coefs: weights of its terms where they are not lambda' times those of the set loss, by their names
+            (`loss_ce`, `loss_bbox`, `loss_giou`), as the released options `loss_*_select_coef` allow.
         overlap: generalised IoU from which a proposal, or a base model's detection, counts as a known object.
         feature_kd_coef, class_kd_coef: lambda_feat and lambda_cls.
         masked: leave features inside novel boxes free; False: distil all cells.
@@ -111,6 +113,7 @@ class IncrementalCriterion(nn.Module):
         focal_gamma: float = 2.0,
         aux_loss: bool = True,
         pseudo_coef: float = 1.0,
+        pseudo_coefs: Mapping[str, float] | None = None,
         overlap: float = 0.1,
         feature_kd_coef: float = 0.1,
         class_kd_coef: float = 2.0,
@@ -122,11 +125,14 @@ class IncrementalCriterion(nn.Module):
         super().__init__()
         if divergence not in ("softmax", "sigmoid"):
             raise ValueError(f"divergence is {divergence!r}; choose softmax or sigmoid")
+        if unknown := set(pseudo_coefs or ()) - {"loss_ce", "loss_bbox", "loss_giou"}:
+            raise ValueError(f"pseudo_coefs names no term {', '.join(sorted(unknown))}")
         self.costs = {"class_weight": class_cost, "l1_weight": l1_cost, "giou_weight": giou_cost}
         self.coefs = {"loss_ce": class_coef, "loss_bbox": l1_coef, "loss_giou": giou_coef}
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         self.aux_loss = aux_loss
-        self.pseudo_coef = pseudo_coef
+        scaled = {name: pseudo_coef * coef for name, coef in self.coefs.items()}
+        self.pseudo_coefs = scaled | dict(pseudo_coefs or {})
         self.overlap, self.sure = overlap, sure
         self.feature_kd_coef, self.class_kd_coef = feature_kd_coef, class_kd_coef
         self.masked, self.divergence = masked, divergence
@@ -186,12 +192,12 @@ class IncrementalCriterion(nn.Module):
         pseudo = pad_targets([{"boxes": box, "labels": known.labels.new_full((len(box),), label)} for box in kept])
         losses, _, assigned = self._set_losses(logits, boxes, pseudo)
         trained = slice(-1, None) if self.as_released else slice(None)
-        total = torch.stack([self.coefs[name] * values[trained].sum() for name, values in losses.items()]).sum()
+        terms = [self.pseudo_coefs[name] * values[trained].sum() for name, values in losses.items()]
         with torch.no_grad():
             errors = [class_error(*layer, logits.shape[-1]) for layer in zip(logits, assigned, strict=True)]
             named = {f"{name}_select": values for name, values in losses.items()}
             parts = real.parts | named_by_layer({**named, "class_error_select": torch.stack(errors)})
-        return SetLoss(real.total + self.pseudo_coef * total, parts)
+        return SetLoss(real.total + torch.stack(terms).sum(), parts)
 
     def incremental(
         self, found: Predictions, teacher: Predictions, targets: Sequence[Target], image_sizes: Tensor

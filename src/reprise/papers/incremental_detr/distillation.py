@@ -19,7 +19,7 @@ Divergence = Literal["softmax", "sigmoid"]
 
 
 def covered_cells(boxes: Tensor, counts: Sequence[int], extent: Tensor, size: Sequence[int]) -> Tensor:
-    """Cells that some box touches (edges rounded outwards): mask^novel.
+    """Cells inside some box, with edges rounded as `cell_edges` says: mask^novel.
 
     Args:
         boxes: [B, M, 4] cxcywh, relative to the unpadded image.

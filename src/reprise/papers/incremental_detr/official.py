@@ -41,6 +41,8 @@ def detector_of(config: Mapping[str, Any], num_classes: int) -> DeformableDETR:
 
 def criterion_of(config: Mapping[str, Any]) -> IncrementalCriterion:
     """The released behaviour, with the official weights."""
+    terms = ("loss_ce", "loss_bbox", "loss_giou")
+    selected = {name: config[f"{name}_select_coef"] for name in terms if f"{name}_select_coef" in config}
     return IncrementalCriterion(
         class_cost=config.get("set_cost_class", 2),
         l1_cost=config.get("set_cost_bbox", 5),
@@ -50,6 +52,7 @@ def criterion_of(config: Mapping[str, Any]) -> IncrementalCriterion:
         giou_coef=config.get("giou_loss_coef", 2),
         focal_alpha=config.get("focal_alpha", 0.25),
         aux_loss=config.get("aux_loss", True),
+        pseudo_coefs=selected,
         feature_kd_coef=config.get("loss_fm_kd_coef", 0.1),
         class_kd_coef=config.get("loss_cls_kd_coef", 2),
         as_released=True,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reprise.golden import Adapter, GoldenCase, gradient_of
+from reprise.golden import Adapter, GoldenCase, clip_gradients, gradient_of
 from reprise.nn.deformable import DeformableAttention, compass, deformable_attention
 from reprise.nn.detection import pad_images, top_detections
+from reprise.nn.golden_detection import gradients_of, images_of, losses_of, targets_of
 from reprise.nn.matching import PaddedTargets, matching_cost, pad_targets
 from reprise.nn.position import sine_position_2d
 from reprise.nn.set_loss import SetLoss
@@ -63,7 +64,7 @@ def deformable_module(case: GoldenCase) -> Tensors:
 
 
 def matcher(case: GoldenCase) -> Tensors:
-    targets = pad_targets(_targets(case, len(case.config["target_counts"])))
+    targets = pad_targets(targets_of(case, len(case.config["target_counts"])))
     loss_function = criterion_of(case.config)
     logits, boxes = case.inputs["logits"], case.inputs["boxes"]
     cost = matching_cost(focal_class_score(logits), boxes, targets, **loss_function.costs)
@@ -108,7 +109,7 @@ def base_model(case: GoldenCase) -> Tensors:
     detector = detector_of(case.config, case.config["num_classes"] + 1)
     detector.load_state_dict(import_weights(case.weights, detector))
     detector.eval()
-    output = detector(*pad_images(_images(case)))
+    output = detector(*pad_images(images_of(case)))
     outputs, loss = _stage_1(case, output.logits, output.boxes)
     loss.total.backward()
     made = output.transformer
@@ -125,14 +126,14 @@ def base_model(case: GoldenCase) -> Tensors:
         values[f"src{level}"], values[f"mask{level}"], values[f"pos{level}"] = parts
     values = {name: value.detach() for name, value in values.items()}
     values |= {name: value.to(torch.uint8) for name, value in values.items() if name.startswith("mask")}
-    return values | outputs | _gradients(case, detector)
+    return values | outputs | gradients_of(case, detector)
 
 
 def _stage_1(case: GoldenCase, logits: Tensor, boxes: Tensor) -> tuple[Tensors, SetLoss]:
     targets, proposals = _annotations_and_proposals(case, logits.shape[1])
     found = Predictions(logits, boxes, (), ())
     loss = criterion_of(case.config).self_supervised(found, targets, proposals, logits.shape[-1] - 1)
-    return _losses(loss), loss
+    return losses_of(loss), loss
 
 
 def _matched(case: GoldenCase, logits: Tensor, boxes: Tensor) -> Tensors:
@@ -178,7 +179,7 @@ def class_kd(case: GoldenCase) -> Tensors:
     outputs: Tensors = {}
     for index, scenario in enumerate(case.config["scenarios"]):
         prefix = f"s{index}_"
-        targets = pad_targets(_targets(case, len(scenario["target_counts"]), prefix))
+        targets = pad_targets(targets_of(case, len(scenario["target_counts"]), prefix))
         found = _class_kd_scenario(case, prefix, targets)
         outputs |= {f"{prefix}{name}": value for name, value in found.items()}
     return outputs
@@ -230,23 +231,23 @@ def incremental_criterion(case: GoldenCase) -> Tensors:
     found = Predictions(leaves["logits"], leaves["boxes"], [leaves["srcs"]], [padding])
     logits, boxes, features = (case.inputs[f"{name}_base"] for name in names)
     teacher = Predictions(logits, boxes, [features], [padding])
-    targets = _targets(case, len(sizes))
+    targets = targets_of(case, len(sizes))
     loss_function = criterion_of(case.config)
     loss = loss_function.incremental(found, teacher, targets, sizes)
     loss.total.backward()
     gradients = {f"grad_{name}": gradient_of(leaf) for name, leaf in leaves.items()}
-    return _losses(loss) | gradients | _pseudo(loss_function, teacher, targets)
+    return losses_of(loss) | gradients | _pseudo(loss_function, teacher, targets)
 
 
 def incremental_model(case: GoldenCase) -> Tensors:
     detector, teacher = _two_branches(case)
     detector.eval()
     sizes = torch.tensor(case.config["image_sizes"])
-    image, mask = pad_images(_images(case))
+    image, mask = pad_images(images_of(case))
     output = detector(image, mask)
     with torch.no_grad():
         base = teacher(image, mask)
-    targets = _targets(case, len(image))
+    targets = targets_of(case, len(image))
     loss_function = criterion_of(case.config)
     loss = loss_function.incremental(predictions(output), predictions(base), targets, sizes)
     parameters = dict(detector.named_parameters())
@@ -257,8 +258,8 @@ def incremental_model(case: GoldenCase) -> Tensors:
     values |= {"srcs_base": base.projected[0], "logits_base": base.logits, "boxes_base": base.boxes}
     return (
         {name: value.detach() for name, value in values.items()}
-        | _losses(loss)
-        | _gradients(case, detector)
+        | losses_of(loss)
+        | gradients_of(case, detector)
         | {f"grad_loss_kd_only_{name}": value for name, value in zip(names, alone, strict=True)}
         | _pseudo(loss_function, predictions(base), targets)
     )
@@ -275,14 +276,14 @@ def train_steps(case: GoldenCase) -> Tensors:
     sizes = torch.tensor(config["image_sizes"])
     outputs: Tensors = {}
     for number in range(config["steps"]):
-        image, mask = pad_images(_images(case, f"step{number}_"))
+        image, mask = pad_images(images_of(case, f"step{number}_"))
         with torch.no_grad():
             base = predictions(teacher(image, mask))
-        targets = _targets(case, len(image), f"step{number}_")
+        targets = targets_of(case, len(image), f"step{number}_")
         loss = loss_function.incremental(predictions(detector(image, mask)), base, targets, sizes)
         optimizer.zero_grad()
         loss.total.backward()
-        outputs[f"gradnorm_step{number}"] = torch.nn.utils.clip_grad_norm_(trained, config["clip_max_norm"])
+        outputs[f"gradnorm_step{number}"] = clip_gradients(trained, config["clip_max_norm"])
         optimizer.step()
         outputs[f"loss_step{number}"] = loss.total.detach()
         outputs |= {f"{name}_step{number}": loss.parts[name].detach() for name in ("loss_cls_kd", "loss_kd")}
@@ -297,7 +298,7 @@ def weight_transfer(case: GoldenCase) -> Tensors:
         detector = detector_of(case.config, case.config["num_classes"])
         detector.load_state_dict(import_weights(case.weights, detector, branch))
         with torch.no_grad():
-            output = detector.eval()(*pad_images(_images(case)))
+            output = detector.eval()(*pad_images(images_of(case)))
         outputs |= {f"logits{suffix}": output.logits[-1], f"boxes{suffix}": output.boxes[-1]}
         outputs[f"srcs{suffix}"] = output.projected[0]
     return outputs
@@ -315,19 +316,9 @@ def _shapes(case: GoldenCase) -> list[tuple[int, int]]:
     return [(height, width) for height, width in case.config["spatial_shapes"]]
 
 
-def _images(case: GoldenCase, prefix: str = "") -> list[Tensor]:
-    count = sum(name.startswith(f"{prefix}img") for name in case.inputs)
-    return [case.inputs[f"{prefix}img{index}"] for index in range(count)]
-
-
-def _targets(case: GoldenCase, count: int, prefix: str = "") -> Targets:
-    fields = ("labels", "boxes")
-    return [{field: case.inputs[f"{prefix}tgt{image}_{field}"] for field in fields} for image in range(count)]
-
-
 def _annotations_and_proposals(case: GoldenCase, count: int) -> tuple[Targets, list[Tensor]]:
     """The first `target_counts` targets of each image are annotations, the rest proposals."""
-    rows = list(zip(_targets(case, count), case.config["target_counts"], strict=True))
+    rows = list(zip(targets_of(case, count), case.config["target_counts"], strict=True))
     known = [{name: value[:real] for name, value in target.items()} for target, real in rows]
     return known, [target["boxes"][real:] for target, real in rows]
 
@@ -340,20 +331,6 @@ def _pseudo(loss_function: IncrementalCriterion, teacher: Predictions, targets: 
         outputs[f"pseudo{image}_labels"] = found.labels[image, :count]
         outputs[f"pseudo{image}_boxes"] = found.boxes[image, :count].detach()
     return outputs
-
-
-def _losses(loss: SetLoss) -> Tensors:
-    """Unweighted losses under official names (errors in percent), and the total."""
-    parts = {
-        f"loss/{name}": value.detach() * (100.0 if name.startswith("class_error") else 1.0)
-        for name, value in loss.parts.items()
-    }
-    return parts | {"loss_total": loss.total.detach()}
-
-
-def _gradients(case: GoldenCase, network: torch.nn.Module) -> Tensors:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return {f"grad_{name}": gradient_of(parameters[name]) for name in case.config["grads"]}
 
 
 ADAPTERS: dict[str, Adapter] = {

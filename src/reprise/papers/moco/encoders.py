@@ -122,7 +122,8 @@ class VisionTransformer(nn.Module):
     Args:
         image_size: (height, width), or one side of squares.
         patch, width, depth, num_heads, mlp_ratio: sizes; blocks are timm's with layer norm's epsilon 1e-6.
-        conv_stem: four convolutions instead of the patch projection; always trained.
+        conv_stem: four convolutions instead of the patch projection; always trained. Published with one block
+            less (a depth of 11 for 12).
         freeze_patches: no gradient for the patch projection ("stop-grad conv1").
         norm: of the convolutional stem.
         released_positions: see `grid_positions`.

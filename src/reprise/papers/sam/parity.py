@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from timm.optim import RMSpropTF
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from reprise.golden import Adapter, GoldenCase
+from reprise.golden import Adapter, GoldenCase, gradient_of
 from reprise.papers.sam.criterion import smoothed_divergence
 from reprise.papers.sam.model import MLP, ProjectedWideResNet
 from reprise.papers.sam.weights import flax_names, import_weights, projected_wide_resnet_names
-from reprise.training.sharpness import SAM
+from reprise.training.sharpness import SAM, frozen_statistics
 
 Outputs = dict[str, Tensor]
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -43,19 +44,32 @@ class RecordedStep:
         self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.losses: list[Tensor] = []
         self.perturbation: Outputs = {}
+        self.gradient_norm = torch.tensor(0.0)
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad()
         self.perturbation = {name: p.detach() - self.before[name] for name, p in self.model.named_parameters()}
         loss = self.loss()
         loss.backward()
+        if not self.losses:
+            self.gradient_norm = self._gradient_norm()
         self.losses.append(loss.detach())
         return loss
 
+    def _gradient_norm(self) -> Tensor:
+        """The norm that the release divides by in its first pass; our optimizer makes no such pass where rho is 0."""
+        members = [(p, g["adaptive"]) for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        return get_total_norm([gradient_of(p) * (p.detach().abs() if flag else 1.0) for p, flag in members])
+
+    def second_pass_of_the_release(self) -> None:
+        """Where rho is 0 the release makes its second pass all the same, which counts the batch once more."""
+        if len(self.losses) == 1:
+            with frozen_statistics(self.model), torch.no_grad():
+                self.loss()
+
     def outputs(self) -> Outputs:
-        norm = self.optimizer.ascent_norm
-        found = {"loss": self.losses[0], "loss_perturbed": self.losses[-1]}
-        return found if norm is None else found | {"grad_norm": norm}
+        norm = self.gradient_norm if self.optimizer.ascent_norm is None else self.optimizer.ascent_norm
+        return {"loss": self.losses[0], "loss_perturbed": self.losses[-1], "grad_norm": norm}
 
 
 def _groups(case: GoldenCase, model: MLP) -> list[dict[str, Any]]:
@@ -114,6 +128,7 @@ def example_wide_resnet(case: GoldenCase) -> Outputs:
     for step, (x, y) in enumerate(zip(case.inputs["x"], case.inputs["y"], strict=True)):
         recorded = RecordedStep(model, optimizer, _smoothed_loss(model, x, y, config["label_smoothing"]))
         optimizer.step(recorded)
+        recorded.second_pass_of_the_release()
         rate = example_rate(config["base_options"]["lr"], step, config["steps"])
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -201,7 +216,7 @@ def _google_optimizer(case: GoldenCase, model: nn.Module) -> SAM:
         partial(base, weight_decay=decay),
         config["sam_rho"],
         decay_in_perturbation=True,
-        clip_norm=config["gradient_clipping"],
+        clip_norm=config["gradient_clipping"] or None,
         sub_batch=config["batch"] // config["replicas"] if parts else None,
     )
     optimizer.attach(model)
@@ -219,11 +234,11 @@ def google_steps(case: GoldenCase) -> Outputs:
         rate = _google_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        x = x.permute(0, 3, 1, 2) if config["model"] == "conv" else x  # the MLP flattens NHWC
         loss = _google_step(optimizer, replicas, {"x": x, "y": y}, config["label_smoothing"])
         found = {"lr": torch.tensor(rate), "loss_perturbed": loss}
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found["grad_norm_after_clipping"] = torch.nn.utils.get_total_norm(gradients)
+        found["grad_norm_after_clipping"] = get_total_norm(gradients)
         found |= {f"param/{name}": value for name, value in _in_flax(model, dict(model.named_parameters()))}
         outputs |= {f"step{step}/{name}": value for name, value in found.items()}
     for replica, statistics in enumerate(replicas.statistics):

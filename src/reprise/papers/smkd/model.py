@@ -98,8 +98,8 @@ class VisionTransformer(nn.Module):
         x = self._embed(image, mask)
         for block in self.blocks[:-1]:
             x = block(x)
-        last = self.blocks[-1]
-        return self.norm(last(x)), attention_of(last, x)
+        x, attention = block_with_attention(self.blocks[-1], x)
+        return self.norm(x), attention
 
     def _embed(self, image: Tensor, mask: Tensor | None) -> Tensor:
         x = self.patch_embed(image)
@@ -123,13 +123,21 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], 1)
 
 
-def attention_of(block: nn.Module, x: Tensor) -> Tensor:
-    """Attention probabilities [B, H, T, T] of a pre-norm block for its input x [B, T, D]."""
+def block_with_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A pre-norm block's output [B, T, D] for x [B, T, D], the same bits as `block(x)`, and its attention [B, H, T, T].
+
+    The output comes from the fused kernel, as in `block(x)`; that kernel keeps the probabilities to itself, so queries
+    and keys, which are shared, are multiplied once more for them.
+    """
     assert isinstance(block, Block)
     attention = block.attn
     assert isinstance(attention, Attention)
-    query, key, _ = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return (query @ key.transpose(-2, -1) * attention.scale).softmax(-1)
+    parts = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    query, key, value = parts.unbind(0)
+    probability = (query @ key.transpose(-2, -1) * attention.scale).softmax(-1)
+    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    x = x + block.drop_path1(block.ls1(attention.proj(mixed)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), probability
 
 
 def patch_weights(attention: Tensor) -> Tensor:

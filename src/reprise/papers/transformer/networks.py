@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from reprise.papers.transformer.model import Transformer
 from reprise.papers.transformer.recurrent import RecurrentSeq2Seq
+from reprise.training.choices import chosen
 
 Network = Transformer | RecurrentSeq2Seq
 
@@ -16,8 +17,5 @@ def build(network: str, transformer: Callable[[], Transformer], recurrent: Calla
     Raises:
         ValueError: another name.
     """
-    if network == "transformer":
-        return transformer()
-    if network == "recurrent":
-        return recurrent()
-    raise ValueError(f"unknown network {network!r}; one of transformer, recurrent")
+    factories: dict[str, Callable[[], Network]] = {"transformer": transformer, "recurrent": recurrent}
+    return chosen(network, factories)

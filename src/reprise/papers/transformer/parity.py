@@ -21,8 +21,8 @@ from reprise.training.schedules import noam_rate
 
 Tensors = dict[str, Tensor]
 
-# What the released hyper-parameter sets say: base rate, warm-up steps, and (from v3 on) updates counted from 0.
-RATES = {"v1": (0.1, 4000), "v2": (0.2, 8000), "v3": (2.0, 8000)}
+# What the released hyper-parameter sets say: base rate and warm-up steps. `base` is the newest, v3.
+RATES = {"v1": (0.1, 4000), "v2": (0.2, 8000), "v3": (2.0, 8000), "base": (2.0, 8000)}
 HIDDEN_SIZE = 512
 
 
@@ -54,6 +54,8 @@ def attention(case: GoldenCase) -> Tensors:
 
 def build_transformer(config: Mapping[str, Any]) -> Transformer:
     """A model without dropout from the authors' option names."""
+    hparams_set = config.get("hparams_set", "v1")
+    _check_released(hparams_set)
     return Transformer(
         config["vocab_size"],
         dim=config["hidden_size"],
@@ -62,7 +64,7 @@ def build_transformer(config: Mapping[str, Any]) -> Transformer:
         encoder_layers=config["num_encoder_layers"],
         decoder_layers=config["num_decoder_layers"],
         dropout=0.0,
-        pre_norm=config.get("hparams_set", "v1") != "v1",
+        pre_norm=hparams_set != "v1",
         positions={"timing": "timing", "paper": "sinusoid"}[config.get("position", "timing")],
         tied=config.get("shared_embedding_and_softmax_weights", True),
     )
@@ -114,8 +116,9 @@ def train_steps(case: GoldenCase) -> Tensors:
     network, config = loaded_transformer(case), case.config
     betas = config.get("beta1", 0.9), config.get("beta2", 0.98)
     optimizer = torch.optim.Adam(network.parameters(), lr=1.0, betas=betas, eps=config.get("epsilon", 1e-9))
-    dim, warmup = config["hidden_size"], config.get("warmup", 4000)
-    schedule = LambdaLR(optimizer, lambda step: noam_rate(step + 1, dim, warmup))
+    override = {"hidden_size": config["hidden_size"]}
+    override |= {"learning_rate_warmup_steps": config["warmup"]} if "warmup" in config else {}
+    schedule = LambdaLR(optimizer, lambda step: released_rate(config.get("hparams_set", "v1"), step, override))
     losses, rates = [], []
     for step in range(config["steps"]):
         source, target = (case.inputs[f"step{step}/{name}"] for name in ("source", "target"))
@@ -137,21 +140,31 @@ def learning_rate(case: GoldenCase) -> Tensors:
     """Learning rates of the released hyper-parameter sets before the update of each global step."""
     outputs: Tensors = {}
     for number, setting in enumerate(case.config["settings"]):
-        version, override = setting["hparams_set"], setting.get("override", {})
-        base, warmup = RATES.get(version, RATES["v3"])
-        dim = override.get("hidden_size", HIDDEN_SIZE)
-        warmup = override.get("learning_rate_warmup_steps", warmup)
-        if version in ("v1", "v2"):
-            factor, first = 5000 * 0.002 * override.get("learning_rate", base), 1
-        else:
-            factor, first = override.get("learning_rate_constant", base), 0
-        rates = [factor * _rate(step + first, dim, warmup) for step in setting["steps"]]
+        override = setting.get("override", {})
+        rates = [released_rate(setting["hparams_set"], step, override) for step in setting["steps"]]
         outputs[f"lr{number}"] = torch.tensor(rates, dtype=torch.float64)
     return outputs
 
 
-def _rate(number: int, dim: int, warmup: float) -> float:
-    return noam_rate(number, dim, int(warmup))
+def released_rate(hparams_set: str, step: int, override: Mapping[str, Any]) -> float:
+    """The rate of a released hyper-parameter set at a global step (0 before the first update).
+
+    v1 and v2 count updates from 1; v3 counts them from 0, so that its first update has rate 0.
+
+    Raises:
+        ValueError: a set that was not released.
+    """
+    _check_released(hparams_set)
+    base, warmup = RATES[hparams_set]
+    dim, warmup = override.get("hidden_size", HIDDEN_SIZE), int(override.get("learning_rate_warmup_steps", warmup))
+    if hparams_set in ("v1", "v2"):
+        return 5000 * 0.002 * override.get("learning_rate", base) * noam_rate(step + 1, dim, warmup)
+    return override.get("learning_rate_constant", base) * noam_rate(step, dim, warmup)
+
+
+def _check_released(hparams_set: str) -> None:
+    if hparams_set not in RATES:
+        raise ValueError(f"no released hyper-parameter set {hparams_set!r}; there are {', '.join(RATES)}")
 
 
 def label_smoothing(case: GoldenCase) -> Tensors:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reprise.training.probes import Features
+
 
 def fit_least_squares(feature: Tensor, label: Tensor, num_classes: int, ridge: float = 1.0) -> Tensor:
     """Weights [D + 1, K] minimising |[x 1] W - Y|^2 + ridge |W|^2 in closed form, Y being -1 but 1 for the true class.
@@ -25,25 +27,20 @@ def fit_least_squares(feature: Tensor, label: Tensor, num_classes: int, ridge: f
     return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device), x.T @ y)
 
 
-def few_shot_accuracy(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, shots: int, ridge: float = 1.0
-) -> float:
+def few_shot_accuracy(train: Features, test: Features, num_classes: int, shots: int, ridge: float = 1.0) -> float:
     """Accuracy on `test` of a classifier fitted to the first `shots` items of each class of `train`.
 
     Features are standardised with the mean and deviation of the items that are fitted to.
 
-    Args:
-        train, test: (features [N, D], labels int64 [N]).
-
     Raises:
         ValueError: a class has fewer items than `shots`.
     """
-    chosen = first_of_each_class(train[1], num_classes, shots)
-    feature, label = train[0][chosen].double(), train[1][chosen]
+    chosen = first_of_each_class(train.label, num_classes, shots)
+    feature, label = train.value[chosen].double(), train.label[chosen]
     mean, deviation = feature.mean(0), feature.std(0, correction=0) + 1e-8
     weight = fit_least_squares((feature - mean) / deviation, label, num_classes, ridge)
-    predicted = (_with_bias((test[0].double() - mean) / deviation) @ weight).argmax(1)
-    return (predicted == test[1]).double().mean().item()
+    predicted = (_with_bias((test.value.double() - mean) / deviation) @ weight).argmax(1)
+    return (predicted == test.label).double().mean().item()
 
 
 def first_of_each_class(label: Tensor, num_classes: int, shots: int) -> Tensor:

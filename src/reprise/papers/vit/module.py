@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reprise import paths
-from reprise.data.loader import EvalLoader
-from reprise.errors import CheckpointError
 from reprise.papers.vit.cnn import ConvNet
 from reprise.papers.vit.criterion import LOSSES
 from reprise.papers.vit.fewshot import few_shot_accuracy
@@ -20,7 +17,8 @@ from reprise.papers.vit.networks import Network
 from reprise.papers.vit.weights import adapt_for_fine_tuning, import_weights
 from reprise.training.classification import Classifier
 from reprise.training.module import OptimizerFactory, Picture, ScheduleFactory
-from reprise.training.weights import read_weights
+from reprise.training.probes import Features, extract
+from reprise.training.weights import find_weights, read_weights
 
 
 class ViTModule(Classifier):
@@ -76,8 +74,13 @@ class ViTModule(Classifier):
     def setup(self, stage: str) -> None:
         """Load the pre-trained weights; a checkpoint of an interrupted run is restored after this."""
         if stage == "fit" and self.pretrained is not None:
-            state = adapt_for_fine_tuning(read_weights(_find(self.pretrained)), self.network)
+            state = adapt_for_fine_tuning(read_weights(self._official()), self.network)
             self.network.load_state_dict(import_weights(state, self.network))
+
+    def _official(self) -> Path:
+        assert self.pretrained is not None
+        step = "download an official .npz (google-research/vision_transformer) and name it in paper.pretrained"
+        return find_weights(self.pretrained, "vit", next_step=step)
 
     def on_test_epoch_end(self) -> None:
         if not self.few_shot:
@@ -87,13 +90,8 @@ class ViTModule(Classifier):
             accuracy = few_shot_accuracy(train, test, self.num_classes, shots)
             self.log(f"test/few_shot_{shots}", accuracy, sync_dist=True)
 
-    @torch.no_grad()
-    def _features(self, split: str) -> tuple[Tensor, Tensor]:
-        feature, label = [], []
-        for batch in EvalLoader(self.data.source(split), self.data.eval_batch_size):
-            feature.append(self.network.features(batch["image"].to(self.device)).cpu())
-            label.append(batch["label"].cpu())
-        return torch.cat(feature), torch.cat(label)
+    def _features(self, split: str) -> Features:
+        return extract(self.network.features, self.data.source(split), self.data.eval_batch_size, self.device)
 
     def pictures(self) -> Iterator[Picture]:
         from reprise.papers.vit import pictures
@@ -132,15 +130,3 @@ class ViTModule(Classifier):
 def is_kernel(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter multiplies activations: convolutions and dense layers, not biases, norms or embeddings."""
     return parameter.ndim >= 2 and name.endswith("weight")
-
-
-def _find(name: str) -> Path:
-    places = [Path(name).expanduser(), paths.data_root() / "vit" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise CheckpointError(
-        f"the pre-trained weights {name!r} do not exist",
-        looked_at=" and ".join(str(place.absolute()) for place in places),
-        next_step="download an official .npz (google-research/vision_transformer) and name it in paper.pretrained",
-    )

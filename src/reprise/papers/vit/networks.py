@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from reprise.papers.vit.cnn import ConvNet
 from reprise.papers.vit.model import VisionTransformer
+from reprise.training.choices import chosen
 
 Network = VisionTransformer | ConvNet
 
@@ -16,8 +17,5 @@ def build(network: str, vit: Callable[[], VisionTransformer], cnn: Callable[[], 
     Raises:
         ValueError: another name.
     """
-    if network == "vit":
-        return vit()
-    if network == "cnn":
-        return cnn()
-    raise ValueError(f"unknown network {network!r}; one of vit, cnn")
+    factories: dict[str, Callable[[], Network]] = {"vit": vit, "cnn": cnn}
+    return chosen(network, factories)

@@ -56,7 +56,9 @@ def fine_tune(case: GoldenCase) -> Mapping[str, Tensor]:
     model.load_state_dict(import_weights(adapt_for_fine_tuning(case.weights, model), model))
     outputs = {f"loaded/{name}": value.clone() for name, value in export_weights(model.state_dict(), model).items()}
     outputs["logits_initial"] = model(image)
-    optimizer = MomentumSGD(model.parameters(), lr=config["base_lr"], accumulator=config["accumulator_dtype"])
+    optimizer = MomentumSGD(
+        model.parameters(), lr=config["base_lr"], accumulator=config.get("accumulator_dtype") or "float32"
+    )
     schedule = _schedule(optimizer, config, config["base_lr"])
     losses, rates = [], []
     for step in range(config["steps"]):
