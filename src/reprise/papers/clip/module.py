@@ -58,6 +58,7 @@ class CLIPModule(PaperModule):
         if as_released:
             model.text.end_token = None
         objective.prepare(model)
+        self.refuses = {**self.refuses, **objective.refuses}
         self._rows: dict[str, list[Tensor]] = {}
 
     @property
@@ -92,6 +93,7 @@ class CLIPModule(PaperModule):
         self.captions  # noqa: B018
         if self.pretrained is not None:
             self.model.load_state_dict(import_weights(read_weights(_find(self.pretrained)), self.model))
+            self.objective.restart(self.model)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.model(image, text)

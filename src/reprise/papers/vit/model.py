@@ -64,11 +64,10 @@ class EncoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        drops = {"attn_drop": attention_dropout, "proj_drop": dropout}
         self.attn = (
-            Attention(width, num_heads, qkv_bias=True, **drops)
+            Attention(width, num_heads, qkv_bias=True, attn_drop=attention_dropout, proj_drop=dropout)
             if relative_tokens is None
-            else RelativeAttention(relative_tokens, width, num_heads, **drops)
+            else RelativeAttention(relative_tokens, width, num_heads, attn_drop=attention_dropout, proj_drop=dropout)
         )
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, mlp_dim, act_layer=TanhGELU, drop=dropout)
