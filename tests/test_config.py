@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
+from hydra_plugins.reprise_sweeper.sweeper import RepriseSweeper
 from reprise import paths
 from reprise.config import compose, config_hash, earlier_stage, job_overrides, run_dir, variant_name
 from reprise.errors import ConfigError
@@ -62,6 +67,15 @@ def test_what_an_arm_shares_reaches_its_earlier_stage_and_no_further() -> None:
     assert run_dir(first) == run_dir(before)
     assert config_hash(first) == config_hash(before)
     assert len({config_hash(cfg) for cfg in (plain, varied, stage, usual)}) == 4
+
+
+def test_what_the_user_types_replaces_an_ablation_s_sweep_of_a_key_that_it_adds() -> None:
+    sweeper = RepriseSweeper({"+data.proposals.source": "search,random"}, claim=False, dry_run=True, search={})
+    sweeper.context = HydraContext(config_loader=Mock(), callbacks=Callbacks())
+    typed = ["seed=100"]
+    assert sweeper._combinations(typed) == [[f"+data.proposals.source={name}", *typed] for name in ("search", "random")]
+    typed = ["+data.proposals.source=novel"]
+    assert sweeper._combinations(typed) == [typed]
 
 
 def test_a_variant_names_the_change_and_neutral_keys_do_not() -> None:
