@@ -410,3 +410,29 @@ def test_unknown_options_of_the_module_are_refused() -> None:
         module("mlp")
     with pytest.raises(ValueError, match="unknown loss 'hinge'"):
         module(loss="hinge")
+
+
+def test_the_polyak_average_is_state_of_the_run_and_what_is_evaluated() -> None:
+    torch.manual_seed(0)
+    ours = module(polyak=0.75)
+    image = torch.randn(2, *ours.network.image_shape)
+    before = {name: value.clone() for name, value in ours.network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in ours.network.parameters():
+            parameter.add_(1.0)
+    ours.on_train_batch_end(None, {}, 0)
+    assert ours.average is not None
+    for name, value in ours.average.named_parameters():
+        assert torch.allclose(value, before[name] + 0.25), name
+        assert f"average.{name}" in ours.state_dict()
+    ours.train()
+    assert torch.equal(ours(image), ours.network(image))
+    ours.eval()
+    assert torch.equal(ours(image), ours.average(image))
+    assert not torch.equal(ours(image), ours.network(image))
+    trained = sum(len(group["params"]) for group in ours.parameter_groups())
+    assert trained == len(list(ours.network.parameters()))
+    assert "sharding" in ours.refuses
+    assert "sharding" not in module().refuses
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        module(polyak=1.0)
