@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
+from hydra_plugins.reprise_sweeper.sweeper import RepriseSweeper
 from reprise import paths
 from reprise.config import compose, config_hash, earlier_stage, job_overrides, run_dir, variant_name
 from reprise.errors import ConfigError
@@ -44,6 +49,33 @@ def test_the_user_s_overrides_come_after_the_arm_s() -> None:
     composed = job_overrides(["experiment=vit/small", "arm=vit_100", "data.train_size=50"])
     assert composed.index("data.train_size=100") < composed.index("data.train_size=50")
     assert compose(["experiment=vit/small", "arm=vit_100", "data.train_size=50"]).data.train_size == 50
+
+
+def test_what_an_arm_shares_reaches_its_earlier_stage_and_no_further() -> None:
+    typed = ["experiment=incremental_detr/small", "arm=full", "seed=100"]
+    plain = compose(typed)
+    varied = compose([*typed, "+data.proposals.source=random", "optimizer.weight_decay=0.5"])
+    stage, usual = earlier_stage(varied), earlier_stage(plain)
+    assert stage is not None
+    assert usual is not None
+    assert varied.data.proposals.source == stage.data.proposals.source == "random"
+    assert stage.optimizer == usual.optimizer  # what is not shared belongs to the named arm alone
+    assert run_dir(stage).parts[-3:] == ("small~+data.proposals.source-random", "base_finetuned", "seed=100")
+    first, before = earlier_stage(stage), earlier_stage(usual)
+    assert first is not None
+    assert before is not None
+    assert run_dir(first) == run_dir(before)
+    assert config_hash(first) == config_hash(before)
+    assert len({config_hash(cfg) for cfg in (plain, varied, stage, usual)}) == 4
+
+
+def test_what_the_user_types_replaces_an_ablation_s_sweep_of_a_key_that_it_adds() -> None:
+    sweeper = RepriseSweeper({"+data.proposals.source": "search,random"}, claim=False, dry_run=True, search={})
+    sweeper.context = HydraContext(config_loader=Mock(), callbacks=Callbacks())
+    typed = ["seed=100"]
+    assert sweeper._combinations(typed) == [[f"+data.proposals.source={name}", *typed] for name in ("search", "random")]
+    typed = ["+data.proposals.source=novel"]
+    assert sweeper._combinations(typed) == [typed]
 
 
 def test_a_variant_names_the_change_and_neutral_keys_do_not() -> None:

@@ -124,7 +124,7 @@ def job_overrides(overrides: Sequence[str]) -> list[str]:
     if arm not in (None, "null"):
         chosen = arm_of(slug, arm)
         head += [*chosen.overrides, f"arm={arm}"]
-        head += [_start_from(chosen.after, overrides)] if chosen.after else []
+        head += [_start_from(chosen.after, chosen.shares, overrides)] if chosen.after else []
     if given.get("smoke", "false").lower() == "true":
         head += smoke_overrides(slug)
     own = [item for item in overrides if split_override(item)[0] not in ("experiment", "arm")]
@@ -159,12 +159,21 @@ def _trainer_facts(overrides: tuple[str, ...]) -> str:
         return " ".join(overrides)
 
 
-def _start_from(arm: str, overrides: Sequence[str]) -> str:
-    """The override that names the earlier stage: the claim's own run of `arm`, with the same seed."""
-    shared = [item for item in overrides if SHARED_BY_STAGES.match(split_override(item)[0])]
+def _start_from(arm: str, shares: Sequence[str], overrides: Sequence[str]) -> str:
+    """The override that names the earlier stage: the claim's own run of `arm`, with the same seed.
+
+    What the user typed of the keys in `shares` belongs to that stage too, which then is a variant.
+    """
+    keys = [split_override(item)[0] for item in overrides]
+    shared = [item for item, key in zip(overrides, keys, strict=True) if _is_shared(key, shares)]
     experiment = next(item for item in overrides if split_override(item)[0] == "experiment")
     stage = job_overrides([experiment, f"arm={arm}", *shared])
     return f"start_from={{arm: {arm}, overrides: [{', '.join(json.dumps(item) for item in stage)}]}}"
+
+
+def _is_shared(key: str, shares: Sequence[str]) -> bool:
+    """Whether an override reaches the earlier stage."""
+    return bool(SHARED_BY_STAGES.match(key)) or any(key == name or key.startswith(f"{name}.") for name in shares)
 
 
 def variant_name(changed: Sequence[str]) -> str:

@@ -27,10 +27,12 @@ SCENE = {"max_objects": 3, "max_overlap": 0.0, "image_size": 32, "shapes": ("cir
 LABELS = [torch.tensor(row, dtype=torch.int64) for row in ([0, 2], [2, 2], [1], [], [2, 3, 3], [3, 0], [2])]
 
 
-def _data(stage: Stage, *, seed: int = 0, shots: int = 3, novel: tuple[str, ...] = ("star",)) -> IncrementalDetection:
+def _data(
+    stage: Stage, *, seed: int = 0, shots: int = 3, novel: tuple[str, ...] = ("star",), **proposals: object
+) -> IncrementalDetection:
     options: dict[str, Any] = {"batch_size": 4, "steps": 3, "seed": seed, "eval_batch_size": 8}
     base = ShapesDetection(sizes=(40, 8, 8), scene=SCENE, flip=True, **options)
-    search = {"count": 5, "spaces": ["lab"], "scales": [150.0], "strategies": ["all"], "min_region": 8}
+    search = {"count": 5, "spaces": ["lab"], "scales": [150.0], "strategies": ["all"], "min_region": 8, **proposals}
     return IncrementalDetection(base=base, novel=novel, stage=stage, shots=shots, proposals=search, **options)
 
 
@@ -88,6 +90,28 @@ def test_annotations_survive_the_proposals() -> None:
         assert len(both["labels"]) - count <= 5
 
 
+def test_the_oracle_s_proposals_are_the_novel_boxes_without_their_labels() -> None:
+    everything = _data("base", novel=()).source("train")
+    pseudo = _data("self_supervised", source="novel").source("train")
+    assert isinstance(everything, DetectionSource)
+    assert isinstance(pseudo, DetectionSource)
+    chosen = base_selection(annotations_of(everything), torch.tensor([2])).items
+    hidden = 0
+    for item, original in enumerate(chosen):
+        all_objects, seen = everything.target(original), pseudo.target(item)
+        novel = all_objects["boxes"][all_objects["labels"] == 2]
+        assert torch.equal(seen["boxes"][seen["labels"] == 3], novel)
+        assert torch.equal(seen["boxes"][seen["labels"] < 3], all_objects["boxes"][all_objects["labels"] < 2])
+        hidden += len(novel)
+    assert hidden > 5
+
+
+@pytest.mark.parametrize(("proposals", "most"), [({"count": 0}, 0), ({"source": "random"}, 5), ({"count": 2}, 2)])
+def test_how_many_proposals_there_are(proposals: dict[str, object], most: int) -> None:
+    labels = annotations_of(_data("self_supervised", **proposals).source("train"))
+    assert max(int((label == 3).sum()) for label in labels) == most
+
+
 def test_batches_are_those_of_the_base_module_in_form_and_order() -> None:
     loader = _data("base", seed=4).train_dataloader()
     again = _data("base", seed=4).train_dataloader()
@@ -126,6 +150,34 @@ def _write_coco(root: Path) -> None:
                 notes.append({"image_id": number, "category_id": category, "bbox": box, "iscrowd": 0})
         text = json.dumps({"images": images, "annotations": notes})
         (root / "coco" / "annotations" / f"instances_{split}.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("proposals", "wanted"),
+    [
+        ({"count": 0}, []),
+        ({"count": 3, "source": "random"}, None),
+        ({"source": "novel"}, [[45 / 80 + 15 / 80, 35 / 60, 30 / 80, 30 / 60]]),
+    ],
+)
+def test_other_proposals_of_coco(
+    proposals: dict[str, object], wanted: list[list[float]] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path))
+    _write_coco(tmp_path)
+    base = COCO(scales=(60,), max_size=120, eval_size=60, crop=False, flip=False, batch_size=2, steps=2)
+    data = IncrementalDetection(
+        base=base, novel=["person"], stage="self_supervised", proposals=proposals, batch_size=2, steps=2
+    )
+    for target in data.train_dataloader().batch(0)["targets"]:
+        found = target["boxes"][target["labels"] == 91]
+        assert (target["labels"] == 24).sum() == 1
+        if wanted is None:
+            assert len(found) == 3
+            assert (found > 0).all()
+            assert (found < 1).all()
+        else:
+            assert torch.allclose(found, torch.tensor(wanted).reshape(-1, 4), atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["base", "self_supervised", "incremental"])

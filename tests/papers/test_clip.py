@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor, nn
 
-from reprise.errors import CheckpointError
+from reprise.errors import CheckpointError, ConfigError
 from reprise.papers.clip import evaluation, objectives
 from reprise.papers.clip.criterion import (
     bag_of_words_loss,
@@ -184,9 +184,9 @@ def test_classifier_normalises_averages_and_normalises() -> None:
 # ------------------------------------------------------------------ objectives
 
 
-@pytest.mark.parametrize("name", ["contrastive", "bag_of_words", "captioning"])
+@pytest.mark.parametrize("name", ["contrastive", "queued_contrastive", "bag_of_words", "captioning"])
 def test_objectives_learn_and_score(name: str) -> None:
-    model, objective = small(), objectives.objective(name)
+    model, objective = small(), objectives.objective(name, queue_size=12, momentum=0.5)
     objective.prepare(model)
     trained = [p for p in [*model.parameters(), *objective.parameters()] if p.requires_grad]
     image, text = torch.randn(6, 3, 32, 32), texts(6)
@@ -205,10 +205,51 @@ def test_objectives_learn_and_score(name: str) -> None:
     assert (scores.argmax(1) == torch.arange(6)).float().mean() > 0.5
 
 
+def test_the_queue_adds_earlier_batches_as_wrong_answers() -> None:
+    torch.manual_seed(0)
+    model, objective = small(), objectives.QueuedContrastive(queue_size=6, momentum=0.75)
+    objective.prepare(model)
+    kept = model.text.text_projection.detach().clone()
+    with torch.no_grad():
+        model.text.text_projection.add_(1.0)
+    first, second = ((torch.randn(3, 3, 32, 32), texts(3)) for _ in range(2))
+    objective.loss(model, *first)
+    assert torch.allclose(objective.encoders.text.text_projection, kept + 0.25)
+    old_images, old_texts = (keys.detach() for keys in objective.encoders(*first))
+    assert torch.allclose(objective.images.keys[:, :3].T, old_images, atol=1e-6)
+    assert torch.allclose(objective.texts.keys[:, :3].T, old_texts, atol=1e-6)
+    random_images, random_texts = objective.images.keys[:, 3:].T.clone(), objective.texts.keys[:, 3:].T.clone()
+
+    loss = objective.loss(model, *second)
+    image, text = model(*second)
+    images, sentences = (keys.detach() for keys in objective.encoders(*second))
+    scale, target = model.logit_scale.exp(), torch.arange(3)
+    per_image = scale * image @ torch.cat([sentences, old_texts, random_texts]).T
+    per_text = scale * text @ torch.cat([images, old_images, random_images]).T
+    assert torch.allclose(loss, (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in objective.parameters())
+    buffers = {"images.keys", "images.position", "texts.keys", "texts.position"}
+    assert buffers < objective.state_dict().keys()  # all that training needs is in a checkpoint
+    with pytest.raises(ConfigError, match="6 is not a multiple of a batch of 4"):
+        objective.loss(model, torch.randn(4, 3, 32, 32), texts(4))
+
+
+def test_the_momentum_encoders_follow_weights_that_are_loaded() -> None:
+    model, objective = small(), objectives.QueuedContrastive(queue_size=6)
+    objective.prepare(model)
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+    objective.restart(model)
+    assert objective.encoders.logit_scale.item() == 1.5
+
+
 def test_unknown_choices_are_refused() -> None:
     for wrong in (("masked",), ("contrastive", "both"), ("contrastive", "symmetric", "none")):
         with pytest.raises(ValueError, match="'"):
             objectives.objective(wrong[0], **dict(zip(("direction", "positives"), wrong[1:], strict=False)))
+    for options in ({"positives": "same_caption"}, {"queue_size": 0}, {"momentum": 1.0}):
+        with pytest.raises(ValueError, match="queue"):
+            objectives.objective("queued_contrastive", **options)  # type: ignore[arg-type]
 
 
 def test_words_leave_out_padding_and_special_tokens() -> None:

@@ -56,16 +56,21 @@ def test_released_behaviour_is_a_switch() -> None:
     assert parts("paper.as_released=true")[0].model.text.end_token is None
 
 
+def test_only_the_queue_refuses_sharding() -> None:
+    assert set(parts()[0].refuses) == {"accumulation"}
+    assert set(parts("paper.objective.name=queued_contrastive")[0].refuses) == {"accumulation", "sharding"}
+
+
 def test_another_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match="634 tokens, the model 633"):
         train(compose(["experiment=clip/small", "smoke=true", "paper.model.vocab_size=633"]), show_progress=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["contrastive", "captioning"])
+@pytest.mark.parametrize("objective", ["contrastive", "queued_contrastive", "captioning"])
 def test_a_run_measures_zero_shot_and_probes(objective: str) -> None:
     overrides = [f"paper.objective.name={objective}", "paper.as_released=true", "steps=2"]
     metrics = train(compose(["experiment=clip/small", "smoke=true", *overrides]), show_progress=False)
     assert {"test/zero_shot", "test/zero_shot_seen", "test/zero_shot_unseen", "test/probe_1"} <= metrics.keys()
-    assert ("test/image_to_text_r5" in metrics) == (objective == "contrastive")
+    assert ("test/image_to_text_r5" in metrics) == (objective != "captioning")
     assert all(0 <= value <= 1 for value in metrics.values())

@@ -11,12 +11,14 @@ import torch
 from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor
 
+from reprise.data.incremental import IncrementalDetection
+from reprise.data.shapes.dataset import ShapesDetection
 from reprise.errors import CheckpointError
 from reprise.golden import find_cases, load_case
 from reprise.nn.boxes import cxcywh_to_xyxy, paired_giou
 from reprise.nn.matching import pad_targets
 from reprise.papers.incremental_detr.build import build_detector
-from reprise.papers.incremental_detr.criterion import IncrementalCriterion, Predictions
+from reprise.papers.incremental_detr.criterion import IncrementalCriterion, Predictions, predictions
 from reprise.papers.incremental_detr.distillation import (
     Divergence,
     class_divergence,
@@ -185,6 +187,23 @@ def test_proposals_that_overlap_base_objects_are_dropped_and_all_layers_are_trai
     )
     aux = sum(coef * paper.parts[f"loss_{name}_select_0"] for name, coef in (("ce", 2), ("bbox", 5), ("giou", 2)))
     torch.testing.assert_close(paper.total - released.total, torch.as_tensor(aux))
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_stage_1b_without_pseudo_objects_is_ordinary_fine_tuning(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "steps": 1}
+    data = IncrementalDetection(
+        base=ShapesDetection(sizes=(4, 4, 4), **options), novel=["star"], proposals={"count": count}, **options
+    )
+    monkeypatch.setattr(IncrementalDetrModule, "data", data)
+    module = IncrementalDetrModule(
+        _tiny(stage="self_supervised"), IncrementalCriterion(), ADAMW, stage="self_supervised"
+    ).eval()
+    batch = {"image": torch.randn(2, 3, 32, 32), "mask": torch.zeros(2, 32, 32).bool(), "targets": _targets(1, 2)}
+    found = predictions(module.model.detect(module.model.features(batch["image"], None)))
+    ordinary = module.criterion.base(found, batch["targets"])
+    assert torch.equal(module.loss(batch).total, ordinary.total) is (count == 0)
+    assert ("loss_ce_select" in module.loss(batch).parts) is (count > 0)
 
 
 def test_feature_distillation_leaves_novel_boxes_free() -> None:

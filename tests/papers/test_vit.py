@@ -20,7 +20,7 @@ from reprise.papers.vit.model import VisionTransformer, vision_transformer
 from reprise.papers.vit.module import ViTModule, is_kernel
 from reprise.papers.vit.networks import build
 from reprise.papers.vit.pictures import attention_rollout, position_similarity, principal_filters
-from reprise.papers.vit.positions import resize_positions, sin_cos_table, square_grid
+from reprise.papers.vit.positions import RelativeAttention, resize_positions, sin_cos_table, square_grid
 from reprise.papers.vit.weights import (
     POSITION_KEY,
     adapt_for_fine_tuning,
@@ -88,7 +88,7 @@ def test_a_variant_with_replaced_sizes_and_its_errors() -> None:
     with pytest.raises(ValueError, match="unknown classifier"):
         tiny(classifier="cls")
     with pytest.raises(ValueError, match="unknown positions"):
-        tiny(positions="relative")
+        tiny(positions="polar")
     with pytest.raises(ValueError, match="built for images"):
         tiny()(torch.zeros(1, 3, 12, 8))
 
@@ -132,7 +132,7 @@ def test_sigmoid_loss_sums_over_classes_and_starts_small_with_the_bias() -> None
     assert first.item() == pytest.approx(10 + 5 * math.log1p(math.exp(-10)), abs=1e-4)
 
 
-@pytest.mark.parametrize("positions", ["none", "learned_1d", "learned_2d", "sin_cos"])
+@pytest.mark.parametrize("positions", ["none", "learned_1d", "learned_2d", "sin_cos", "relative"])
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 def test_without_positions_and_only_then_patches_may_be_permuted(positions: str, classifier: str) -> None:
     torch.manual_seed(0)
@@ -142,6 +142,36 @@ def test_without_positions_and_only_then_patches_may_be_permuted(positions: str,
     permuted = patches.flip(3).permute(0, 1, 2, 4, 3, 5).reshape_as(image)
     same = torch.allclose(model(image), model(permuted), atol=1e-5)
     assert same is (positions == "none")
+
+
+def test_relative_attention_adds_a_key_for_each_offset() -> None:
+    torch.manual_seed(0)
+    attention = RelativeAttention(4, 6, 2, attn_drop=0.0, proj_drop=0.0).double()
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    query, key, value = attention.qkv(x).chunk(3, -1)
+    wanted = torch.zeros_like(x)
+    for head in (slice(0, 3), slice(3, 6)):
+        for q in range(4):
+            keys = key[:, :, head] + torch.stack([attention.offsets[q - k + 3] for k in range(4)])
+            weights = ((query[:, q, None, head] * keys).sum(-1) / math.sqrt(3)).softmax(-1)
+            wanted[:, q, head] = (weights[..., None] * value[:, :, head]).sum(1)
+    assert torch.allclose(attention(x), attention.proj(wanted))
+    with pytest.raises(ValueError, match="no mask"):
+        attention(x, is_causal=True)
+
+
+def test_a_model_with_relative_positions_shows_the_attention_that_it_uses() -> None:
+    torch.manual_seed(0)
+    model = perturbed(tiny(positions="relative", depth=1)).eval()
+    block, image = model.layers[0], torch.randn(2, 3, 8, 12)
+    x = model.tokens(image)
+    value = block.attn.qkv(block.norm1(x)).chunk(3, -1)[2].unflatten(-1, (2, -1)).transpose(1, 2)
+    mixed = (model.attention_maps(image)[0] @ value).transpose(1, 2).flatten(2)
+    assert torch.allclose(block.attn.proj(mixed), block.attn(block.norm1(x)), atol=1e-6)
+    assert model.positions is None
+    assert not is_kernel("blocks.0.attn.offsets", model.get_parameter("blocks.0.attn.offsets"))
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.offsets"):
+        import_weights(export_weights(model.state_dict(), model), model)
 
 
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 6)), ((7, 7), (3, 3)), ((2, 5), (4, 3)), ((1, 1), (2, 2))])
@@ -383,3 +413,29 @@ def test_unknown_options_of_the_module_are_refused() -> None:
         module("mlp")
     with pytest.raises(ValueError, match="unknown loss 'hinge'"):
         module(loss="hinge")
+
+
+def test_the_polyak_average_is_state_of_the_run_and_what_is_evaluated() -> None:
+    torch.manual_seed(0)
+    ours = module(polyak=0.75)
+    image = torch.randn(2, *ours.network.image_shape)
+    before = {name: value.clone() for name, value in ours.network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in ours.network.parameters():
+            parameter.add_(1.0)
+    ours.on_train_batch_end(None, {}, 0)
+    assert ours.average is not None
+    for name, value in ours.average.named_parameters():
+        assert torch.allclose(value, before[name] + 0.25), name
+        assert f"average.{name}" in ours.state_dict()
+    ours.train()
+    assert torch.equal(ours(image), ours.network(image))
+    ours.eval()
+    assert torch.equal(ours(image), ours.average(image))
+    assert not torch.equal(ours(image), ours.network(image))
+    trained = sum(len(group["params"]) for group in ours.parameter_groups())
+    assert trained == len(list(ours.network.parameters()))
+    assert "sharding" in ours.refuses
+    assert "sharding" not in module().refuses
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        module(polyak=1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from reprise.evidence.claims import Claim
+from reprise.evidence.claims import Arm, Claim
 from reprise.training.jobs import Job, in_waves
 
 
@@ -31,6 +31,11 @@ def test_stages_are_listed_from_the_first_to_the_arm_itself() -> None:
 def test_a_claim_whose_stages_never_start_is_refused(after: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match="after"):
         claim(**after)
+
+
+def test_an_arm_without_an_earlier_stage_has_nothing_to_share_with() -> None:
+    with pytest.raises(ValidationError, match="earlier stage"):
+        Arm.model_validate({"label": "x", "shares": ["data.proposals"]})
 
 
 def test_earlier_stages_run_first_and_once() -> None:

@@ -94,7 +94,7 @@ class RepriseSweeper(Sweeper):
         """The product of all sweeps, one list of plain overrides a run."""
         given = [f"{key}={value}" for key, value in self.params.items()]
         typed = {item.lstrip("+~").partition("=")[0] for item in arguments}
-        items = [item for item in given if item.partition("=")[0] not in typed] + list(arguments)
+        items = [item for item in given if item.lstrip("+~").partition("=")[0] not in typed] + list(arguments)
         if self.claim:
             items += self._claimed(items)
         choices = []

@@ -2,7 +2,7 @@
 
 Training images of the three stages (evaluation images always have all their annotations):
     base              images with at least one base object; base annotations only, novel objects are there unlabelled
-    self_supervised   the same, and selective-search proposals as further objects of the class `num_classes`
+    self_supervised   the same, and proposals (of selective search) as further objects of the class `num_classes`
     incremental       K boxes of each novel class and nothing else: base objects are there unlabelled
 """
 
@@ -23,7 +23,7 @@ from reprise.data.folder import FolderSource, Sample
 from reprise.data.images import DetectionSource
 from reprise.data.loader import EvalLoader, Source, TrainLoader
 from reprise.data.module import DataModule
-from reprise.data.proposals import VERSION, SearchOptions, proposals_of, selective_search
+from reprise.data.proposals import VERSION, SearchOptions, proposals_of, random_boxes, selective_search
 from reprise.data.spec import DataSpec
 from reprise.errors import ConfigError, DataError
 from reprise.seeding import generator
@@ -53,6 +53,16 @@ def base_selection(labels: Sequence[Tensor], novel: Tensor) -> Selection:
     rows = [(~torch.isin(label, novel)).nonzero().flatten() for label in labels]
     items = [item for item, row in enumerate(rows) if len(row)]
     return Selection(items, [rows[item] for item in items])
+
+
+def hidden_selection(labels: Sequence[Tensor], novel: Tensor, items: Sequence[int]) -> Selection:
+    """The novel objects of some images: what `base_selection` hides.
+
+    Args:
+        labels, novel: see `base_selection`.
+        items: positions of the images.
+    """
+    return Selection(list(items), [torch.isin(labels[item], novel).nonzero().flatten() for item in items])
 
 
 def shots_selection(labels: Sequence[Tensor], novel: Tensor, shots: int, seed: int) -> Selection:
@@ -126,12 +136,18 @@ def _selected_tensors(source: DetectionSource, selection: Selection) -> Detectio
     )
 
 
-def with_proposals(source: Source, options: SearchOptions, label: int) -> Source:
-    """The source with proposals after the annotations of every image, as objects of the class `label`."""
+def with_proposals(source: Source, options: SearchOptions, label: int, hidden: Source | None = None) -> Source:
+    """The source with proposals after the annotations of every image, as objects of the class `label`.
+
+    Args:
+        hidden: the same images with the objects whose boxes are the proposals; None: `options` says where from.
+    """
     if not isinstance(source, DetectionSource):
         assert isinstance(source, FolderSource)
-        return dataclasses.replace(source, items=ProposedItems(_coco(source), options, label))
-    found = proposals_of(source, options)
+        known_boxes = None if hidden is None else [record.boxes for record in _coco(hidden).records]
+        return dataclasses.replace(source, items=ProposedItems(_coco(source), options, label, known_boxes))
+    assert hidden is None or isinstance(hidden, DetectionSource)
+    found = proposals_of(source, options) if hidden is None else _first_boxes(hidden, options.count)
     spans = source.first.diff().tolist()
     known = zip(source.labels.split(spans), source.boxes.split(spans), strict=True)
     labels, boxes = [], []
@@ -146,6 +162,11 @@ def with_proposals(source: Source, options: SearchOptions, label: int) -> Source
         labels=torch.cat(labels),
         boxes=torch.cat(boxes),
     )
+
+
+def _first_boxes(source: DetectionSource, count: int) -> list[Tensor]:
+    """At most `count` boxes [n, 4] of every image."""
+    return [boxes[:count] for boxes in source.boxes.split(source.first.diff().tolist())]
 
 
 def _starts(parts: Sequence[Tensor]) -> Tensor:
@@ -164,18 +185,24 @@ def _coco(source: Source) -> CocoItems:
 
 @dataclass
 class ProposedItems:
-    """COCO images with proposals among their boxes before any augmentation, each searched once and cached."""
+    """COCO images with proposals among their boxes before any augmentation, each searched once and cached.
+
+    Args:
+        hidden: boxes xyxy in pixels of each image that are its proposals; None: `options` says where from.
+    """
 
     items: CocoItems
     options: SearchOptions
     label: int
+    hidden: list[list[tuple[float, float, float, float]]] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
     def item(self, index: int, augment: bool) -> Sample:
         record = self.items.records[index]
-        more = [tuple(box) for box in self._proposals(record).tolist()]
+        found = self._proposals(record).tolist() if self.hidden is None else self.hidden[index]
+        more = [tuple(box) for box in found[: self.options.count]]
         labels, boxes = [*record.labels, *[self.label] * len(more)], [*record.boxes, *more]
         extended = dataclasses.replace(record, labels=labels, boxes=boxes)
         return dataclasses.replace(self.items, records=[extended]).item(0, augment)
@@ -184,12 +211,18 @@ class ProposedItems:
         """xyxy in pixels, float32 [n, 4]."""
         from reprise.data.imagenet import read_image
 
-        options = dataclasses.asdict(self.options)
+        def pixels() -> np.ndarray[Any, Any]:
+            return read_image(self.items.folder / record.file).permute(1, 2, 0).numpy()
+
+        if self.options.count == 0:
+            return np.zeros((0, 4), np.float32)
+        if self.options.source == "random":
+            return random_boxes(pixels(), self.options)
+        options = self.options.search_key()
         key = {"version": VERSION, "file": record.file, "image_id": record.image_id, "options": options}
 
         def build() -> dict[str, np.ndarray[Any, Any]]:
-            image = read_image(self.items.folder / record.file)
-            return {"boxes": selective_search(image.permute(1, 2, 0).numpy(), self.options)}
+            return {"boxes": selective_search(pixels(), self.options)}
 
         return cached_arrays("proposals", key, build)["boxes"]
 
@@ -250,10 +283,13 @@ class IncrementalDetection(DataModule):
         labels = annotations_of(source)
         if self.stage == "incremental":
             return selected(source, shots_selection(labels, self.novel_labels, self.shots, self.seed))
-        chosen = selected(source, base_selection(labels, self.novel_labels))
+        selection = base_selection(labels, self.novel_labels)
+        chosen, hidden = selected(source, selection), None
         if self.stage == "base":
             return chosen
-        return with_proposals(chosen, self.search, self.spec.num_classes)
+        if self.search.source == "novel":
+            hidden = selected(source, hidden_selection(labels, self.novel_labels, selection.items))
+        return with_proposals(chosen, self.search, self.spec.num_classes, hidden)
 
     def train_dataloader(self) -> TrainLoader:
         return self._lent("train").train_dataloader()

@@ -1,4 +1,5 @@
-"""Selective search (Uijlings et al., 2013): boxes around things, found by grouping similar neighbouring regions.
+"""Proposals: boxes around things that nobody has labelled; by default from selective search (Uijlings et al., 2013),
+which groups similar neighbouring regions. Random boxes and hidden annotations are what to compare it with.
 
 An image is over-segmented (Felzenszwalb and Huttenlocher, 2004; scikit-image), then the two most similar neighbours are
 merged until one region is left; every region on the way gives a box. `fast` search repeats this for two colour spaces,
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ SPACES = ("hsv", "lab", "rgb")
 STRATEGIES = ("all", "no_colour")  # colour + texture + size + fill, or the same without colour
 
 Array = npt.NDArray[Any]
+Origin = Literal["search", "random", "novel"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class SearchOptions:
     """How proposals are made.
 
     Attributes:
-        count: the best so many boxes of an image.
+        count: the best so many boxes of an image; 0 for none.
         spaces: colour spaces to search in.
         scales: of the over-segmentation, larger = larger regions (for intensities up to 255).
         strategies: similarities, `all` or `no_colour`.
         min_region: smallest region of the over-segmentation, pixels.
         min_side: smallest side of a box, as a fraction of the image's.
         max_side: boxes of which both sides are longer (the whole image, mostly) are left out.
+        source: `search`; `random`, boxes of random places with sides between the two limits; or `novel`, the image's
+            own annotations of novel classes without their labels, which no real run could know (an oracle).
     """
 
     count: int = 30
@@ -56,6 +60,7 @@ class SearchOptions:
     min_region: int = 100
     min_side: float = 0.0
     max_side: float = 1.0
+    source: Origin = "search"
 
     def __post_init__(self) -> None:
         for name, known in (("spaces", SPACES), ("strategies", STRATEGIES), ("scales", None)):
@@ -63,8 +68,18 @@ class SearchOptions:
             object.__setattr__(self, name, chosen)
             if not chosen or (known is not None and not set(chosen) <= set(known)):
                 raise ConfigError(f"no selective search with {name} {list(chosen)}", next_step=f"choose from {known}")
-        if self.count < 1 or self.min_region < 1 or not 0 <= self.min_side <= self.max_side <= 1:
+        if self.source not in get_args(Origin):
+            raise ConfigError(
+                f"no proposals from {self.source!r}",
+                looked_at="data.proposals.source",
+                next_step=f"choose one of: {', '.join(get_args(Origin))}",
+            )
+        if self.count < 0 or self.min_region < 1 or not 0 <= self.min_side <= self.max_side <= 1:
             raise ConfigError(f"no selective search with {self}", looked_at="data.proposals")
+
+    def search_key(self) -> dict[str, Any]:
+        """All that decides what the search finds, for caches."""
+        return {name: value for name, value in asdict(self).items() if name != "source"}
 
 
 @dataclass
@@ -176,7 +191,7 @@ def selective_search(image: npt.NDArray[np.uint8], options: SearchOptions) -> Ar
 
     rgb = image.astype(np.float64) / 255
     height, width = image.shape[:2]
-    rng = np.random.default_rng(derive(0, "selective_search", zlib.crc32(np.ascontiguousarray(image).tobytes())))
+    rng = _random_of("selective_search", image)
     boxes, ranks = [], []
     for space in options.spaces:
         converted = convert(rgb, space)
@@ -191,6 +206,27 @@ def selective_search(image: npt.NDArray[np.uint8], options: SearchOptions) -> Ar
     return _chosen(ordered, (width, height), options).astype(np.float32)
 
 
+def _random_of(purpose: str, image: Array) -> np.random.Generator:
+    """Random numbers that depend on the picture alone."""
+    return np.random.default_rng(derive(0, purpose, zlib.crc32(np.ascontiguousarray(image).tobytes())))
+
+
+def random_boxes(image: npt.NDArray[np.uint8], options: SearchOptions) -> Array:
+    """`count` boxes of an image: sides uniform between `min_side` and `max_side`, then places uniform inside it.
+
+    Args:
+        image: RGB [H, W, 3], which seeds the draw.
+
+    Returns:
+        float32 [count, 4] xyxy in pixels.
+    """
+    rng = _random_of("random_boxes", image)
+    side = rng.uniform(options.min_side, options.max_side, (options.count, 2))
+    corner = rng.uniform(size=(options.count, 2)) * (1 - side)
+    height, width = image.shape[:2]
+    return (np.concatenate([corner, corner + side], 1) * np.array([width, height] * 2)).astype(np.float32)
+
+
 def _chosen(boxes: Array, size: tuple[int, int], options: SearchOptions) -> Array:
     """The first `count` different boxes of an allowed size."""
     sides = (boxes[:, 2:] - boxes[:, :2]) / np.array(size)
@@ -201,32 +237,45 @@ def _chosen(boxes: Array, size: tuple[int, int], options: SearchOptions) -> Arra
 
 
 def proposals_of(source: DetectionSource, options: SearchOptions) -> list[Tensor]:
-    """Proposals of every image of a source, cxcywh relative to the image without padding; cached by their content.
+    """Proposals of every image of a source, cxcywh relative to the image without padding, without knowing annotations.
+
+    What was searched is cached by its content.
 
     Returns:
         float32 [n, 4] for each image.
     """
     images = source.image.numpy()
+    if options.count == 0:
+        return [torch.zeros(0, 4) for _ in images]
+    if options.source == "random":
+        return _boxes_of_all(images, source.size.tolist(), options)
     digest = hashlib.blake2b(np.ascontiguousarray(images).tobytes(), digest_size=16)
     digest.update(source.size.numpy().tobytes())
-    key = {"version": VERSION, "images": digest.hexdigest(), "options": asdict(options)}
+    key = {"version": VERSION, "images": digest.hexdigest(), "options": options.search_key()}
     arrays = cached_arrays("proposals", key, lambda: _search_all(images, source.size.tolist(), options))
     boxes, first = torch.from_numpy(arrays["boxes"]), arrays["first"]
     return [boxes[start:stop] for start, stop in pairwise(first)]
 
 
 def _search_all(images: Array, sizes: Sequence[Sequence[int]], options: SearchOptions) -> Arrays:
-    found = []
-    for image, (height, width) in zip(track(list(images), "selective search"), sizes, strict=True):
-        found.append(relative_proposals(image[:, :height, :width].transpose(1, 2, 0), options).numpy())
+    found = [boxes.numpy() for boxes in _boxes_of_all(track(list(images), "selective search"), sizes, options)]
     return {
         "boxes": np.concatenate([*found, np.zeros((0, 4), np.float32)]),
         "first": np.cumsum([0, *(len(boxes) for boxes in found)]).astype(np.int64),
     }
 
 
+def _boxes_of_all(images: Iterable[Array], sizes: Sequence[Sequence[int]], options: SearchOptions) -> list[Tensor]:
+    """`relative_proposals` of padded images [3, H, W], each with its own size (h, w)."""
+    return [
+        relative_proposals(image[:, :height, :width].transpose(1, 2, 0), options)
+        for image, (height, width) in zip(images, sizes, strict=True)
+    ]
+
+
 def relative_proposals(image: npt.NDArray[np.uint8], options: SearchOptions) -> Tensor:
-    """`selective_search` of RGB [H, W, 3] as cxcywh in fractions of the image, float32 [n, 4]."""
+    """Searched or random boxes of RGB [H, W, 3] as cxcywh in fractions of the image, float32 [n, 4]."""
     height, width = image.shape[:2]
-    corners = torch.from_numpy(selective_search(image, options))
+    find = random_boxes if options.source == "random" else selective_search
+    corners = torch.from_numpy(find(image, options))
     return xyxy_to_cxcywh(corners / torch.tensor([width, height, width, height], dtype=torch.float32))

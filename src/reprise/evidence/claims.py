@@ -25,12 +25,20 @@ class _Strict(BaseModel):
 class Arm(_Strict):
     """One variant that is trained: a label for tables, its Hydra overrides on the recipe, and its earlier stage.
 
-    With `after: <arm>` a run continues from the final state of that arm's run of the same scale and seed.
+    With `after: <arm>` a run continues from the final state of that arm's run of the same scale and seed. Of what a
+    user overrides, the keys in `shares` (and those below them) reach that earlier stage too.
     """
 
     label: Text
     overrides: list[str] = []
     after: str | None = None
+    shares: list[Text] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Arm:
+        if self.shares and self.after is None:
+            raise ValueError("`shares` needs an earlier stage: `after`")
+        return self
 
 
 class Term(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pytorch_lightning import LightningModule
@@ -68,7 +68,7 @@ class PaperModule(LightningModule):
         whole_batch: with more parts than one, all of them, for losses that divide by a count over the batch.
     """
 
-    refuses: ClassVar[Mapping[str, str]] = {}
+    refuses: Mapping[str, str] = {}
     parts: int = 1
     whole_batch: Any = None
 

@@ -168,7 +168,7 @@ def start(**options: Any) -> Any:
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=False,
     )
-    mode = wanted_mode()
+    mode: Any = wanted_mode()
     if mode == "offline":
         tell("this run is kept offline (no key, or WANDB_MODE=offline); `wandb sync` uploads it later")
         return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)

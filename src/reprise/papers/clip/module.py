@@ -56,6 +56,7 @@ class CLIPModule(PaperModule):
         if as_released:
             model.text.end_token = None
         objective.prepare(model)
+        self.refuses = {**self.refuses, **objective.refuses}
         self._rows: dict[str, list[Tensor]] = {}
 
     @property
@@ -96,6 +97,7 @@ class CLIPModule(PaperModule):
             step = "download an official archive (openai/CLIP, clip.py lists them) and name it in paper.pretrained"
             official = find_weights(self.pretrained, "clip", next_step=step)
             self.model.load_state_dict(import_weights(read_weights(official), self.model))
+            self.objective.restart(self.model)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.model(image, text)

@@ -7,11 +7,15 @@ retrieval follow. Shapes: N images, C classes in T templates of L tokens, E embe
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from reprise.distributed import gather, gather_with_gradient, rank
+from reprise.errors import ConfigError
+from reprise.nn.ema import momentum_copy, update_momentum
+from reprise.nn.queue import KeyQueue
 from reprise.papers.clip.criterion import (
     DIRECTIONS,
     bag_of_words_loss,
@@ -32,12 +36,17 @@ class Objective(nn.Module):
 
     Attributes:
         retrieves: whether scoring every image against every caption is affordable.
+        refuses: what it cannot do beside what the paper cannot, see `PaperModule`.
     """
 
     retrieves = True
+    refuses: Mapping[str, str] = {}
 
     def prepare(self, model: CLIP) -> None:
         """Build what is needed beside the model, and freeze what is not trained (DDP wants all to have gradients)."""
+
+    def restart(self, model: CLIP) -> None:
+        """Follow a model that has just been given other weights."""
 
     @abstractmethod
     def loss(self, model: CLIP, image: Tensor, text: Tensor) -> Tensor:
@@ -86,6 +95,71 @@ class Contrastive(Objective):
     def scores(self, model: CLIP, embedding: Tensor, prompts: Tensor) -> Tensor:
         weights = classifier_weights(model.text(prompts.flatten(0, 1)).unflatten(0, prompts.shape[:2]))
         return unit(embedding) @ weights
+
+
+class QueuedContrastive(Contrastive):
+    """CLIP with the texts and images of earlier batches as further wrong answers (MoCo's queue, 1911.05722).
+
+    Answers are features of momentum encoders, those of the global batch first and the queue behind them, so that old
+    and new ones differ as little as the encoders do; no gradient flows through them. All state is in parameters of the
+    encoders and in buffers of the queues.
+
+    Args:
+        direction: see `Contrastive`.
+        queue_size: how many texts, and how many images, are kept; a multiple of the global batch.
+        momentum: of the momentum encoders, which move before each step.
+
+    Raises:
+        ValueError: an unknown direction, an empty queue or a momentum outside [0, 1).
+    """
+
+    refuses = {"sharding": "the momentum encoders follow whole parameters"}
+
+    encoders: CLIP
+    images: KeyQueue
+    texts: KeyQueue
+
+    def __init__(self, direction: str = "symmetric", *, queue_size: int = 512, momentum: float = 0.99) -> None:
+        super().__init__(direction)
+        if queue_size < 1 or not 0 <= momentum < 1:
+            raise ValueError(f"no queue of {queue_size} with a momentum of {momentum}")
+        self.queue_size, self.momentum = queue_size, momentum
+
+    def prepare(self, model: CLIP) -> None:
+        self.encoders = momentum_copy(model)
+        self.images, self.texts = (KeyQueue(model.embed_dim, self.queue_size) for _ in range(2))
+
+    def restart(self, model: CLIP) -> None:
+        self.encoders.load_state_dict(model.state_dict())
+
+    def loss(self, model: CLIP, image: Tensor, text: Tensor) -> Tensor:
+        """See `Objective`; moves the momentum encoders and the queues, so once a step.
+
+        Raises:
+            ConfigError: the global batch does not divide the queue.
+        """
+        image_features, text_features = model(image, text)
+        image_keys, text_keys = self._keys(model, image, text)
+        scale = model.logit_scale.exp()
+        per_image = scale * image_features @ torch.cat([text_keys.T, self.texts.keys], 1)
+        per_text = scale * text_features @ torch.cat([image_keys.T, self.images.keys], 1)
+        self.images.enqueue(image_keys)
+        self.texts.enqueue(text_keys)
+        target = torch.arange(len(image), device=image.device) + rank() * len(image)
+        return contrastive_loss(per_image, per_text, target, direction=self.direction)
+
+    @torch.no_grad()
+    def _keys(self, model: CLIP, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Momentum features of the global batch, images and texts, [world * B, E] each."""
+        update_momentum(self.encoders, model, self.momentum)
+        image_keys, text_keys = (gather(features) for features in self.encoders(image, text))
+        if self.queue_size % len(image_keys):
+            raise ConfigError(
+                f"a queue of {self.queue_size} is not a multiple of a batch of {len(image_keys)}",
+                looked_at="paper.objective.queue_size and data.batch_size",
+                next_step="choose a multiple of the global batch",
+            )
+        return image_keys, text_keys
 
 
 class BagOfWords(Objective):
@@ -146,16 +220,32 @@ class Captioning(Objective):
         return torch.cat(rows)
 
 
-def objective(name: str, *, direction: str = "symmetric", positives: str = "partner") -> Objective:
-    """An objective by name: "contrastive", "bag_of_words" or "captioning".
+def objective(
+    name: str,
+    *,
+    direction: str = "symmetric",
+    positives: str = "partner",
+    queue_size: int = 512,
+    momentum: float = 0.99,
+) -> Objective:
+    """An objective by name: "contrastive", "queued_contrastive", "bag_of_words" or "captioning".
+
+    Args:
+        direction: of the two contrastive ones.
+        positives: of "contrastive".
+        queue_size, momentum: of "queued_contrastive".
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is none of this name, or the queue is to know equal captions, which it does not keep.
     """
     if name == "contrastive":
         return Contrastive(direction, positives)
+    if name == "queued_contrastive":
+        if positives != "partner":
+            raise ValueError(f"positives {positives!r}: the queue keeps features and no captions; use partner")
+        return QueuedContrastive(direction, queue_size=queue_size, momentum=momentum)
     if name == "bag_of_words":
         return BagOfWords()
     if name == "captioning":
         return Captioning()
-    raise ValueError(f"unknown objective {name!r}; one of contrastive, bag_of_words, captioning")
+    raise ValueError(f"unknown objective {name!r}; one of contrastive, queued_contrastive, bag_of_words, captioning")

@@ -175,11 +175,11 @@ class IncrementalDetrModule(PaperModule):
         features = self.model.features(batch["image"], padding_of(batch))
         found = predictions(self.model.detect(features))
         targets = batch["targets"]
-        if self.stage == "self_supervised":
+        if self.stage == "self_supervised" and self.classes.search.count:
             known = [_of(target, target["labels"] < self.real_classes) for target in targets]
             proposals = [target["boxes"][target["labels"] == self.real_classes] for target in targets]
             return self.criterion.self_supervised(found, known, proposals, self.real_classes)
-        if self.teacher is None:
+        if self.teacher is None:  # no distillation, or no pseudo objects at all
             return self.criterion.base(found, targets)
         with torch.no_grad():
             if self.trainable == "all":  # else both backbones are the same and frozen

@@ -12,7 +12,7 @@ from timm.layers import Attention, Mlp, lecun_normal_
 from torch import Tensor, nn
 
 from reprise.papers.vit.hybrid import ResNetStem
-from reprise.papers.vit.positions import POSITIONS
+from reprise.papers.vit.positions import POSITIONS, RelativeAttention
 
 NORM_EPS = 1e-6
 CLASSIFIERS = ("token", "gap")
@@ -49,13 +49,26 @@ class TanhGELU(nn.GELU):
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP with residual connections (equations 2 and 3), from timm's layers.
 
-    Dropout follows the attention's output and both dense layers.
+    Dropout follows the attention's output and both dense layers. With `relative_tokens` (T) the attention knows the
+    offsets between tokens.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_dim: int, dropout: float, attention_dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        dropout: float,
+        attention_dropout: float,
+        relative_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, num_heads, qkv_bias=True, attn_drop=attention_dropout, proj_drop=dropout)
+        self.attn = (
+            Attention(width, num_heads, qkv_bias=True, attn_drop=attention_dropout, proj_drop=dropout)
+            if relative_tokens is None
+            else RelativeAttention(relative_tokens, width, num_heads, attn_drop=attention_dropout, proj_drop=dropout)
+        )
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, mlp_dim, act_layer=TanhGELU, drop=dropout)
         self._initialize()
@@ -79,7 +92,10 @@ class EncoderBlock(nn.Module):
         batch, tokens, _ = x_BTD.shape
         qkv = self.attn.qkv(self.norm1(x_BTD)).reshape(batch, tokens, 3, self.attn.num_heads, self.attn.head_dim)
         query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-        return (query * self.attn.scale @ key.transpose(-2, -1)).softmax(-1)
+        logits = query * self.attn.scale @ key.transpose(-2, -1)
+        if isinstance(self.attn, RelativeAttention):
+            logits = logits + self.attn.position_logits(query)
+        return logits.softmax(-1)
 
 
 class VisionTransformer(nn.Module):
@@ -92,7 +108,8 @@ class VisionTransformer(nn.Module):
         classifier: "token" reads the class token, "gap" averages all patches (there is no class token then).
         representation_size: of the extra dense + tanh layer before the head ("pre_logits", in some pre-training
             heads only), or None.
-        positions: "none", "learned_1d" (the paper's), "learned_2d" or "sin_cos".
+        positions: "none", "learned_1d" (the paper's), "learned_2d" or "sin_cos", which are added to the tokens, or
+            "relative", which is part of every attention.
         dropout: after the positions, the attention outputs and each dense layer of the MLPs.
         head_bias: initial bias of the head (-10 for sigmoid pre-training); its kernel starts at zero.
         stem_layers: units of each stage of a ResNet stem (hybrid models), or None.
@@ -132,11 +149,12 @@ class VisionTransformer(nn.Module):
         self.embedding = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         self.cls = nn.Parameter(torch.zeros(1, 1, width)) if classifier == "token" else None
         self.positions = None
-        if positions != "none":
+        if positions in POSITIONS:
             self.positions = POSITIONS[positions](self.grid, width, classifier == "token")
         self.dropout = nn.Dropout(dropout)
+        tokens = self.grid[0] * self.grid[1] + (classifier == "token") if positions == "relative" else None
         self.blocks = nn.ModuleList(
-            EncoderBlock(width, num_heads, mlp_dim, dropout, attention_dropout) for _ in range(depth)
+            EncoderBlock(width, num_heads, mlp_dim, dropout, attention_dropout, tokens) for _ in range(depth)
         )
         self.encoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.pre_logits = None if representation_size is None else nn.Linear(width, representation_size)
@@ -280,8 +298,9 @@ def _check(width: int, num_heads: int, classifier: str, positions: str) -> None:
         raise ValueError(f"{num_heads} heads do not divide the width {width}")
     if classifier not in CLASSIFIERS:
         raise ValueError(f"unknown classifier {classifier!r}; one of {', '.join(CLASSIFIERS)}")
-    if positions != "none" and positions not in POSITIONS:
-        raise ValueError(f"unknown positions {positions!r}; one of none, {', '.join(POSITIONS)}")
+    known = ("none", *POSITIONS, "relative")
+    if positions not in known:
+        raise ValueError(f"unknown positions {positions!r}; one of {', '.join(known)}")
 
 
 def _grid(size: Sequence[int], patch: tuple[int, int]) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reprise.data.loader import Batch
+from reprise.nn.ema import momentum_copy, update_momentum
 from reprise.papers.vit.cnn import ConvNet
 from reprise.papers.vit.criterion import LOSSES
 from reprise.papers.vit.fewshot import few_shot_accuracy
@@ -31,9 +33,11 @@ class ViTModule(Classifier):
         pretrained: official weights (.npz or .safetensors) to fine-tune from, a path or a name below the data root's
             `vit/`, read when training starts; or None to train from scratch.
         few_shot: shots per class of the closed-form evaluations that follow the test (`test/few_shot_<k>`).
+        polyak: factor by which a running average of the weights is kept at each step (0.9999 behind the paper's best
+            ImageNet numbers), which is then what is evaluated; or None to evaluate the weights themselves.
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: an unknown loss, or a factor outside (0, 1).
     """
 
     def __init__(
@@ -47,7 +51,10 @@ class ViTModule(Classifier):
         decay_all: bool = False,
         pretrained: str | None = None,
         few_shot: list[int] | None = None,
+        polyak: float | None = None,
     ) -> None:
+        if polyak is not None and not 0 < polyak < 1:
+            raise ValueError(f"an average that keeps {polyak} of itself; choose a factor between 0 and 1")
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; one of {', '.join(LOSSES)}")
         super().__init__(model, optimizer, schedule, num_classes=num_classes, criterion=LOSSES[loss])
@@ -55,12 +62,33 @@ class ViTModule(Classifier):
         self.decay_all = decay_all
         self.pretrained = pretrained
         self.few_shot = few_shot or []
+        self.polyak = polyak
+        self.average = None if polyak is None else momentum_copy(self.network)
+        if polyak is not None:
+            self.refuses = {**self.refuses, "sharding": "the average is made of whole parameters"}
 
     @property
     def network(self) -> Network:
         """The model, typed."""
         assert isinstance(self.model, VisionTransformer | ConvNet)
         return self.model
+
+    @property
+    def evaluated(self) -> Network:
+        """The average of the weights where one is kept, else the model."""
+        return self.network if self.average is None else self.average
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (self.network if self.training else self.evaluated)(image)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """The average takes the new weights in; statistics of batch norm are taken as they are."""
+        if self.average is None or self.polyak is None:
+            return
+        update_momentum(self.average, self.network, self.polyak)
+        for kept, current in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            kept.copy_(current)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Kernels, and (without weight decay, unless `decay_all`) everything else."""
@@ -76,6 +104,8 @@ class ViTModule(Classifier):
         if stage == "fit" and self.pretrained is not None:
             state = adapt_for_fine_tuning(read_weights(self._official()), self.network)
             self.network.load_state_dict(import_weights(state, self.network))
+            if self.average is not None:
+                self.average.load_state_dict(self.network.state_dict())
 
     def _official(self) -> Path:
         assert self.pretrained is not None
@@ -91,14 +121,14 @@ class ViTModule(Classifier):
             self.log(f"test/few_shot_{shots}", accuracy, sync_dist=True)
 
     def _features(self, split: str) -> Features:
-        return extract(self.network.features, self.data.source(split), self.data.eval_batch_size, self.device)
+        return extract(self.evaluated.features, self.data.source(split), self.data.eval_batch_size, self.device)
 
     def pictures(self) -> Iterator[Picture]:
         from reprise.papers.vit import pictures
 
         source = self.data.source("test")
         batch = source.fetch(torch.arange(min(8, len(source))))
-        network = self.network.eval()
+        network = self.evaluated.eval()
         if isinstance(network, ConvNet):
             first = network.convolutions[0].weight
             assert isinstance(first, Tensor)

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -106,6 +107,44 @@ def sin_cos_table(grid: Grid, width: int, class_token: bool, temperature: float 
     angles = [axis.flatten()[:, None] * frequency for axis in (columns, rows)]
     patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(int(class_token), width), patches])[None]
+
+
+class RelativeAttention(Attention):
+    """Self-attention whose queries also look at where the keys are: 1-D relative positions (appendix D.4).
+
+    Each offset p_q - p_k of two tokens has a learned vector r, a further key for the same query: the logits are
+    (q k + q r) / sqrt(d_h). The vectors are shared by the heads of a layer, and each layer has its own.
+
+    Args:
+        tokens: T, of the sequence; the class token, where there is one, is the first.
+        width, num_heads, attn_drop, proj_drop: see timm's `Attention`; query, key and value have biases.
+    """
+
+    def __init__(self, tokens: int, width: int, num_heads: int, *, attn_drop: float, proj_drop: float) -> None:
+        super().__init__(width, num_heads, qkv_bias=True, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.tokens = tokens
+        self.offsets = nn.Parameter(torch.empty(2 * tokens - 1, self.head_dim).normal_(std=STD))
+
+    def position_logits(self, query: Tensor) -> Tensor:
+        """q r / sqrt(d_h) for queries [B, heads, T, d_h], as [B, heads, T, T]."""
+        place = torch.arange(self.tokens, device=query.device)
+        keys = self.offsets[place[:, None] - place + self.tokens - 1]  # [T, T, d_h]
+        return torch.einsum("bhqd,qkd->bhqk", query * self.scale, keys)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, T, width] to the same shape.
+
+        Raises:
+            ValueError: a mask is given; a position bias is all that this attention adds.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("attention with relative positions takes no mask")
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        dropout = self.attn_drop.p if self.training else 0.0
+        bias = self.position_logits(query)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
 
 
 POSITIONS: dict[str, type[LearnedPositions1d | LearnedPositions2d | SinCosPositions]] = {
