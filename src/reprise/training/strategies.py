@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from reprise.errors import ConfigError
 from reprise.training.blocks import repeated_blocks
+from reprise.training.distributed import all_reduce_mean
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -91,8 +92,13 @@ class ShardedStrategy(FSDPStrategy):
         from torch.distributed.fsdp.wrap import CustomPolicy
 
         blocks = {id(block) for block in repeated_blocks(model)}
+        scalars = [parameter for parameter in model.parameters() if not parameter.dim()]  # cannot be divided
+        for scalar in scalars:
+            if scalar.requires_grad:
+                scalar.register_post_accumulate_grad_hook(_average_gradient)
         self._root = FullyShardedDataParallel(
             model,
+            ignored_states=scalars,
             auto_wrap_policy=CustomPolicy(lambda module: id(module) in blocks),
             device_id=self.root_device,
             cpu_offload=self.cpu_offload,
@@ -129,6 +135,11 @@ class ShardedStrategy(FSDPStrategy):
         """The wrapper of the module at work."""
         assert self._root is not None, "the model is not sharded yet"
         return self._root
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    all_reduce_mean(parameter.grad)
 
 
 def _whole_tensors(root: FullyShardedDataParallel) -> AbstractContextManager[Any]:
