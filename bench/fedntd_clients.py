@@ -18,9 +18,9 @@ from reprise.papers.fedntd.model import FedAvgNet, fedavg_cifar, fedavg_digits
 from reprise.training.federated import ClientTraining, FlatModel, LocalSGD
 
 REPEATS = 3
-CASES = {  # model, clients, items each, image shape, batch size, epochs
-    "digits": (fedavg_digits, 4, 50, (1, 8, 8), 32, 5),
-    "cifar10": (fedavg_cifar, 4, 100, (3, 32, 32), 50, 1),
+CASES = {  # model, (clients, items each, image shape, batch size, epochs)
+    "digits": (fedavg_digits, (4, 50, (1, 8, 8), 32, 5)),
+    "cifar10": (fedavg_cifar, (4, 100, (3, 32, 32), 50, 1)),
 }
 
 
@@ -52,9 +52,9 @@ def seconds(training: ClientTraining, clients: list[dict[str, object]]) -> float
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name, (build, *sizes) in CASES.items():
+    for name, (build, sizes) in CASES.items():
         model: FedAvgNet = build()
-        clients = make_clients(*sizes)  # type: ignore[arg-type]
+        clients = make_clients(*sizes)
         ways = {way: ClientTraining(FlatModel(model), FedNTD(), way) for way in ("sequential", "batched")}
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(REPEATS + 1):

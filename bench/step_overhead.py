@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback
 
 from reprise.config import compose
+from reprise.training.checkpoint import callbacks_of
 from reprise.training.diagnostics import GradientNorms, Timing
 from reprise.training.guard import DivergenceGuard
 from reprise.training.interrupt import StopRequest
@@ -48,8 +49,8 @@ def since(moment: Moment) -> Moment:
 
 def bare_steps(parts: Parts, cfg: DictConfig) -> Iterator[None]:
     """One step each time: data, forward, backward, clipping, update and schedule, without any of ours."""
-    module = parts.module.train()
-    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    module: Any = parts.module.train()
+    module.log = module.log_dict = lambda *args, **kwargs: None
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for number, batch in enumerate(islice(iter(parts.data.train_dataloader()), STEPS)):
@@ -110,10 +111,10 @@ def measure(overrides: list[str], folder: Path) -> tuple[TakeTurns, float]:
     timing = Timing(MetricsFile(folder / "timing.csv"), parts.data.examples_per_step)
     progress = ProgressReport(run, STEPS, "bench", False)
     trainer = make_trainer(cfg, run, {}, MetricsFile(folder / "metrics.csv"), StopRequest(), progress, timing)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientNorms | DivergenceGuard | Timing):
             shares.watch(callback, "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
-    trainer.callbacks.append(turns)  # type: ignore[attr-defined]
+    callbacks_of(trainer).append(turns)
     trainer.limit_train_batches, trainer.limit_val_batches = STEPS, 0
     trainer.fit(parts.module, datamodule=parts.data)
     return turns, shares.seconds

@@ -29,7 +29,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "REPRISE_RUNS": str(copy / "runs")}
+    own = {"PYTHONPATH": copy / "src", "REPRISE_ROOT": copy, "REPRISE_RUNS": copy / "runs"}
+    environment = {**os.environ, **{name: str(path) for name, path in own.items()}}
     return subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
 
 

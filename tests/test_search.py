@@ -114,13 +114,14 @@ def report(overrides: Sequence[str], step: int, value: float) -> None:
         callback = PruneTrial(**{**options, "journal": str(getattr(options["journal"], "text", options["journal"]))})
         callback.steps = STEPS
         progress = SimpleNamespace(current=SimpleNamespace(completed=step))
+        module: Any = None
         trainer: Any = SimpleNamespace(
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
             callback_metrics={"val/score": value},
             strategy=SimpleNamespace(broadcast=lambda answer: answer),
             is_global_zero=True,
         )
-        callback.on_validation_end(trainer, None)  # type: ignore[arg-type]
+        callback.on_validation_end(trainer, module)
 
 
 def read(overrides: Sequence[str]) -> dict[str, float]:

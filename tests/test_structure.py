@@ -15,6 +15,7 @@ from reprise import discovery, paths
 
 SOURCE = paths.root() / "src" / "reprise"
 FILES = sorted(SOURCE.rglob("*.py"))
+LEAVES = {"errors", "paths", "seeding", "distributed", "golden"}
 STANDARD = {"__init__", "module", "model", "criterion", "parity", "pictures"}
 
 
@@ -51,6 +52,8 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not any(name.startswith("reprise.papers.") for name in imported)
     if room[0] in ("nn", "data"):
         assert not any(name.startswith(("reprise.training", "reprise.evidence")) for name in imported)
+    if room[0] in LEAVES:
+        assert {name.split(".")[1] for name in imported if "." in name} <= LEAVES
 
 
 @pytest.mark.parametrize("slug", discovery.papers())

@@ -42,7 +42,7 @@ def task(hydra_config: DictConfig) -> dict[str, float] | Failure:
     try:
         refuse_when_stopped()
         return launch(resolve(hydra_config), show_progress=single and sys.stderr.isatty())
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other jobs of a sweep go on; the caller tells or raises it
         return Failure(error, traceback.format_exc())
     except KeyboardInterrupt:
         if single:

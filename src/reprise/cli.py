@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except Exception as error:
+    except Exception as error:  # what nobody foresaw also ends in one message; the traceback on request
         return _report(_unexpected(error), 1)
 
 

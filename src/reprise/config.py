@@ -188,7 +188,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
 
     try:
         container = OmegaConf.to_container(cfg, resolve=False)
-        plain = {str(key): value for key, value in dict(container).items() if key != "hydra"}  # type: ignore[arg-type]
+        assert isinstance(container, dict)
+        plain = {str(key): value for key, value in container.items() if key != "hydra"}
         kept = OmegaConf.create(plain)
         resolved = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -262,7 +263,7 @@ def config_hash(cfg: DictConfig) -> str:
     """16 hex digits over everything that decides the numbers of a run, its earlier stages included."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    decisive = {key: plain.get(key) for key in HASHED_KEYS}
+    decisive: dict[str, Any] = {key: plain.get(key) for key in HASHED_KEYS}
     decisive["trainer"] = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
     decisive["trainer"] |= {key: value for key in HASHED_WHERE_SET if (value := plain["trainer"].get(key)) is not None}
     earlier = earlier_stage(cfg)

@@ -93,7 +93,8 @@ def after_step(step: int, do: Any, rank: int) -> None:
         if current_step(trainer) + 1 == step and trainer.global_rank == rank:
             do()
 
-    StopBetweenSteps.on_train_batch_end = hook  # type: ignore[method-assign]
+    patched: Any = StopBetweenSteps
+    patched.on_train_batch_end = hook
 
 
 def truncate(path: Path) -> None:

@@ -43,9 +43,10 @@ class Probe:
         def forget(callback: Any, trainer: Any, module: Any) -> None:  # what an earlier stage in this process left
             gradients.clear()
 
-        Reseed.on_fit_start = forget  # type: ignore[method-assign]
-        Reseed.on_before_optimizer_step = keep_gradients  # type: ignore[method-assign]
-        Reseed.on_train_end = keep_state  # type: ignore[method-assign]
+        patched: Any = Reseed
+        patched.on_fit_start = forget
+        patched.on_before_optimizer_step = keep_gradients
+        patched.on_train_end = keep_state
         if self.empty_half:
             _empty_half_of_each_batch()
 
@@ -63,4 +64,5 @@ def _empty_half_of_each_batch() -> None:
                 target.update({name: value[:0] for name, value in target.items() if name not in NOT_PER_OBJECT})
         return made
 
-    StepLoader.batch = batch  # type: ignore[method-assign]
+    patched: Any = StepLoader
+    patched.batch = batch

@@ -148,16 +148,14 @@ def far_state(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.proves("ranks", "2 ranks")
-@pytest.mark.parametrize(
-    ("slug", "arm"), [in_every_run(lambda slug, arm=arm: (slug, arm) in STAGES, slug, arm) for slug, arm in ARMS]
-)
+@pytest.mark.parametrize(("slug", "arm"), [in_every_run((slug, arm) in STAGES, slug, arm) for slug, arm in ARMS])
 def test_two_ranks_agree_with_one(slug: str, arm: str, references: References, tmp_path: Path) -> None:
     found = compare(slug, arm, 2, [*uneven(slug), *invariant(slug)], references, tmp_path)
     assert not unexcused(slug, found), found
 
 
 @pytest.mark.proves("ranks", "3 ranks")
-@pytest.mark.parametrize("slug", [in_every_run(lambda slug: slug == spread(0), slug) for slug in PAPERS])
+@pytest.mark.parametrize("slug", [in_every_run(slug == spread(0), slug) for slug in PAPERS])
 def test_three_ranks_agree_with_one(slug: str, references: References, tmp_path: Path) -> None:
     arm = str(SMOKE[slug].arm)
     found = compare(slug, arm, 3, ["data.batch_size=6", *uneven(slug), *invariant(slug)], references, tmp_path)
@@ -168,7 +166,7 @@ def test_three_ranks_agree_with_one(slug: str, references: References, tmp_path:
 @pytest.mark.parametrize(
     ("slug", "exception"),
     [
-        in_every_run(lambda slug, e=e: bool(e.overrides), slug, number)
+        in_every_run(bool(e.overrides), slug, number)
         for slug in PAPERS
         for number, e in enumerate(CARDS[slug].rank_exceptions)
     ],

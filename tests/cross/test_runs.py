@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 FIRST_ARMS = [(slug, next(iter(load_claim(slug).arms))) for slug in PAPERS]
 
 
-def spread_over(cases: dict[str, object], *, start: int) -> list[object]:
+def spread_over(cases: Mapping[str, object], *, start: int) -> list[object]:
     """(slug, arm, case) for all papers and cases; case i is in every test run for the paper `spread(start + i)`."""
     return [
-        in_every_run(lambda slug, i=i: slug == spread(start + i), slug, arm, name)  # type: ignore[misc]
+        in_every_run(slug == spread(start + i), slug, arm, name)
         for slug, arm in FIRST_ARMS
         for i, name in enumerate(cases)
     ]
@@ -86,9 +86,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(reference: Reference, tmp_
 
 
 @pytest.mark.proves("resume", "killed again and again, at file operations")
-@pytest.mark.parametrize(
-    ("slug", "arm"), [in_every_run(lambda slug: slug == spread(0), slug, arm) for slug, arm in FIRST_ARMS]
-)
+@pytest.mark.parametrize(("slug", "arm"), [in_every_run(slug == spread(0), slug, arm) for slug, arm in FIRST_ARMS])
 def test_kills_at_many_file_operations(reference: Reference, tmp_path: Path) -> None:
     run = reference.give_earlier_stages(tmp_path)
     kills = 0
@@ -140,9 +138,7 @@ def complains_once(ended: children.Ended) -> bool:
 
 
 @pytest.mark.proves("resume", "no room for a file")
-@pytest.mark.parametrize(
-    ("slug", "arm"), [in_every_run(lambda slug: slug == spread(7), slug, arm) for slug, arm in FIRST_ARMS]
-)
+@pytest.mark.parametrize(("slug", "arm"), [in_every_run(slug == spread(7), slug, arm) for slug, arm in FIRST_ARMS])
 def test_no_room_for_a_checkpoint(reference: Reference, tmp_path: Path) -> None:
     run = reference.give_earlier_stages(tmp_path)
     ended = children.run(reference.config, tmp_path, before=faults.NoRoom(step=2))
@@ -168,9 +164,7 @@ def small_disk(tmp_path: Path) -> object:
 
 
 @pytest.mark.proves("resume", "full disk")
-@pytest.mark.parametrize(
-    ("slug", "arm"), [in_every_run(lambda slug: slug == spread(8), slug, arm) for slug, arm in FIRST_ARMS]
-)
+@pytest.mark.parametrize(("slug", "arm"), [in_every_run(slug == spread(8), slug, arm) for slug, arm in FIRST_ARMS])
 @pytest.mark.parametrize("checkpoints", [0.0, 1.5])
 def test_a_full_disk(reference: Reference, small_disk: Callable[[int], Path], checkpoints: float) -> None:
     size = max(file.stat().st_size for file in (reference.run / "checkpoints").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,17 @@ from reprise.data.partition import sharding
 from reprise.errors import ConfigError
 
 
-def make(shift: int = 0, **changes: object) -> Federated:
+def make(shift: int = 0, **changes: Any) -> Federated:
     base = Digits(sizes=[400, 100, 100], shift=shift, batch_size=1, steps=1)
-    options = {"num_clients": 10, "sample_ratio": 0.3, "local_epochs": 2, "batch_size": 16, "steps": 5, "seed": 3}
-    return Federated(base=base, partition=partial(sharding, shards_per_client=2), **{**options, **changes})  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "num_clients": 10,
+        "sample_ratio": 0.3,
+        "local_epochs": 2,
+        "batch_size": 16,
+        "steps": 5,
+        "seed": 3,
+    }
+    return Federated(base=base, partition=partial(sharding, shards_per_client=2), **{**options, **changes})
 
 
 def loader(data: Federated, rank: int = 0, world: int = 1) -> RoundLoader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -27,10 +28,10 @@ LABELS = [torch.tensor(row, dtype=torch.int64) for row in ([0, 2], [2, 2], [1], 
 
 
 def _data(stage: Stage, *, seed: int = 0, shots: int = 3, novel: tuple[str, ...] = ("star",)) -> IncrementalDetection:
-    options = {"batch_size": 4, "steps": 3, "seed": seed, "eval_batch_size": 8}
-    base = ShapesDetection(sizes=(40, 8, 8), scene=SCENE, flip=True, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"batch_size": 4, "steps": 3, "seed": seed, "eval_batch_size": 8}
+    base = ShapesDetection(sizes=(40, 8, 8), scene=SCENE, flip=True, **options)
     search = {"count": 5, "spaces": ["lab"], "scales": [150.0], "strategies": ["all"], "min_region": 8}
-    return IncrementalDetection(base=base, novel=novel, stage=stage, shots=shots, proposals=search, **options)  # type: ignore[arg-type]
+    return IncrementalDetection(base=base, novel=novel, stage=stage, shots=shots, proposals=search, **options)
 
 
 def test_base_images_have_a_base_object_and_keep_only_those() -> None:
@@ -61,7 +62,7 @@ def test_too_many_shots_are_an_error() -> None:
 
 
 def test_stages_of_a_data_set_in_memory() -> None:
-    base, pseudo, novel = (_data(stage) for stage in ("base", "self_supervised", "incremental"))  # type: ignore[arg-type]
+    base, pseudo, novel = (_data(stage) for stage in get_args(Stage))
     assert base.base_labels.tolist() == [0, 1]
     assert base.novel_labels.tolist() == [2]
     for batch in base.train_dataloader():
@@ -96,14 +97,14 @@ def test_batches_are_those_of_the_base_module_in_form_and_order() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [({"novel": ("whale",)}, "whale"), ({"shots": 0}, "0 shots")])
-def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _data("incremental", **options)  # type: ignore[arg-type]
+        _data("incremental", **options)
 
 
 def test_an_unknown_stage_and_search_option_are_named() -> None:
     with pytest.raises(ConfigError, match="later"):
-        _data("later")  # type: ignore[arg-type]
+        _data(cast(Stage, "later"))
     base = ShapesDetection(sizes=(4, 4, 4), scene=SCENE, batch_size=2, steps=1)
     with pytest.raises(ConfigError, match="depth"):
         IncrementalDetection(base=base, novel=["star"], proposals={"depth": 2}, batch_size=2, steps=1)

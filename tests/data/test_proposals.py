@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,6 @@ def test_boxes_are_relative_to_the_content_and_cached(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("options", [{"spaces": ("cmyk",)}, {"strategies": ()}, {"count": 0}, {"min_side": 2.0}])
-def test_wrong_options_are_named(options: dict[str, object]) -> None:
+def test_wrong_options_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        SearchOptions(**options)  # type: ignore[arg-type]
+        SearchOptions(**options)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from reprise import paths
-from reprise.data import catalogue, registry
+from reprise.data import checks, registry
 from reprise.data.catalogue import DataEntry
 from reprise.data.download import Download, obtain, tree_digest
 from reprise.errors import ConfigError, DataError
@@ -111,7 +111,7 @@ def test_damaged_text_is_noticed(root: Path):
 
 
 def fake_entry(monkeypatch: pytest.MonkeyPatch, *downloads: Download) -> None:
-    check = catalogue._expect("toy", {"*.txt": 1})
+    check = checks.file_counts("toy", {"*.txt": 1})
     entry = DataEntry("toy", "w", "s", "l", "src", "toy/*.txt", check, downloads=downloads)
     monkeypatch.setattr(registry, "ENTRIES", (*registry.ENTRIES, entry))
 

@@ -6,6 +6,7 @@ import gzip
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,9 +132,9 @@ def test_sequences(task: str) -> None:
     "wrong",
     [{"task": "shuffle"}, {"lengths": (9, 3)}, {"num_symbols": 99}, {"task": "lookup", "far_lengths": (25, 90)}],
 )
-def test_impossible_sequences(wrong: dict[str, object]) -> None:
+def test_impossible_sequences(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        Sequences(batch_size=2, steps=1, **wrong)  # type: ignore[arg-type]
+        Sequences(batch_size=2, steps=1, **wrong)
 
 
 @pytest.fixture
@@ -158,7 +159,8 @@ def test_parallel_files(wmt: Path) -> None:
     lengths = (batch["target"] != 0).sum(1)
     assert lengths.max() >= lengths[0]
     train = data.source("train")
-    assert all(int(side.max()) <= 20 for side in train.lengths)  # type: ignore[attr-defined]
+    assert isinstance(train, ParallelSource)
+    assert all(int(side.max()) <= 20 for side in train.lengths)
 
 
 def test_missing_short_and_damaged_files(wmt: Path) -> None:

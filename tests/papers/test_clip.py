@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor, nn
 
 from reprise.errors import CheckpointError
@@ -42,8 +44,8 @@ SIZES = {
 START, END = 38, 39
 
 
-def small(**changes: object) -> CLIP:
-    return clip(**{**SIZES, **changes})  # type: ignore[arg-type]
+def small(**changes: Any) -> CLIP:
+    return clip(**{**SIZES, **changes})
 
 
 def texts(count: int, words: int = 4) -> Tensor:
@@ -258,6 +260,15 @@ def test_official_weights_are_imported(changes: dict[str, object]) -> None:
     assert torch.allclose(model.eval().logits(image, text), other.eval().logits(image, text), atol=2e-2)
     told = sizes_of(state)
     assert {**SIZES, **changes} | told == {**SIZES, **changes}
+
+
+def test_whole_checkpoints_of_residual_networks_are_imported(tmp_path: Path) -> None:
+    """As open_clip saves them; the counters of batch norm may be missing."""
+    model = recipe_model("clip/small")
+    wanted = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    names = {f"module.{key.removeprefix('text.')}": value for key, value in wanted.items()}
+    whole = save_checkpoint(tmp_path / "epoch_1.pt", model, state_dict=names)
+    assert_equal(imported("clip/small", whole), model.state_dict())
 
 
 def test_left_over_keys_are_refused() -> None:

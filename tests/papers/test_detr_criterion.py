@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,7 +101,7 @@ def test_as_released_is_the_same_in_one_process() -> None:
 
 def test_wrong_options() -> None:
     with pytest.raises(ValueError, match="one_to_some"):
-        SetCriterion(CLASSES, assignment="one_to_some")  # type: ignore[arg-type]
+        SetCriterion(CLASSES, assignment=cast(Any, "one_to_some"))
     with pytest.raises(ValueError, match="at least 1"):
         SetCriterion(CLASSES, assignment="one_to_many", claims=0)
 

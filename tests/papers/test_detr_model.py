@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reprise.errors import CheckpointError
 from reprise.golden import find_cases, load_case
@@ -20,21 +22,29 @@ from reprise.papers.detr.parity import ADAPTERS
 from reprise.papers.detr.segmentation import BoxAttention, DETRSegmentation
 from reprise.papers.detr.transformer import Transformer
 from reprise.papers.detr.weights import import_weights
+from reprise.training.weights import read_weights
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _tiny(**options: object) -> DETR:
+def _tiny(**options: Any) -> DETR:
     torch.manual_seed(0)
-    sizes = {"dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 24, "dropout": 0.0}
+    sizes: dict[str, Any] = {
+        "dim": 16,
+        "num_heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "dim_feedforward": 24,
+        "dropout": 0.0,
+    }
     model = build_detector(
         num_classes=3,
         num_queries=5,
         backbone="conv_stem",
         stem_widths=(8, 16),
-        **{**sizes, **options},  # type: ignore[arg-type]
+        **{**sizes, **options},
     )
     assert isinstance(model, DETR)
     return model
@@ -49,9 +59,9 @@ def _tiny(**options: object) -> DETR:
         ({"num_classes": 250, "masks": True}, 42_899_288),
     ],
 )
-def test_published_parameter_counts(options: dict[str, object], parameters: int) -> None:
+def test_published_parameter_counts(options: dict[str, Any], parameters: int) -> None:
     with torch.device("meta"):
-        assert _count(build_detector(**options)) == parameters  # type: ignore[arg-type]
+        assert _count(build_detector(**options)) == parameters
 
 
 def test_parts_and_trainable_parameters_of_r50() -> None:
@@ -77,9 +87,8 @@ def test_parts_and_trainable_parameters_of_r50() -> None:
 
 def test_dc5_doubles_the_resolution() -> None:
     image = torch.zeros(1, 3, 64, 64)
-    options = {"block": "bottleneck", "layers": (1, 1, 1, 1), "width": 8}
-    plain = ResNetBackbone(None, **options)(image)[-1]  # type: ignore[arg-type]
-    dilated = ResNetBackbone(None, dilation=True, **options)(image)[-1]  # type: ignore[arg-type]
+    backbone = partial(ResNetBackbone, None, block="bottleneck", layers=(1, 1, 1, 1), width=8)
+    plain, dilated = backbone()(image)[-1], backbone(dilation=True)(image)[-1]
     assert plain.shape[-2:] == (2, 2)
     assert dilated.shape[-2:] == (4, 4)
 
@@ -193,8 +202,7 @@ def test_import_of_an_official_checkpoint_and_leftover_keys(tmp_path: Path) -> N
     for parameter in other.parameters():
         parameter.data.normal_()
     torch.save({"model": other.state_dict(), "epoch": 3}, tmp_path / "detr.pth")
-    state: dict[str, Tensor] = torch.load(tmp_path / "detr.pth", weights_only=True)
-    model.load_state_dict(import_weights(state, model))
+    model.load_state_dict(import_weights(read_weights(tmp_path / "detr.pth"), model))
     assert torch.equal(model.class_embed.weight, other.class_embed.weight)
     broken = other.state_dict()
     broken["class_embed.extra"] = broken.pop("class_embed.bias")

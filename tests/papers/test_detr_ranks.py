@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,17 +29,17 @@ def _batch(counts: list[int]) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
     return logits, boxes, targets
 
 
-def _gradient(mine: slice, counts: list[int], options: dict[str, str]) -> Tensor:
+def _gradient(mine: slice, counts: list[int], options: dict[str, Any]) -> Tensor:
     """Gradient with respect to an offset that all queries share (a stand-in for a parameter)."""
     logits, boxes, targets = _batch(counts)
     offset = torch.zeros(CLASSES + 1 + 4, requires_grad=True)
     shifted = (logits[:, mine] + offset[: CLASSES + 1], boxes[:, mine] + 0.1 * offset[CLASSES + 1 :])
-    SetCriterion(CLASSES, **options)(*shifted, targets[mine]).total.backward()  # type: ignore[arg-type]
+    SetCriterion(CLASSES, **options)(*shifted, targets[mine]).total.backward()
     assert offset.grad is not None
     return offset.grad
 
 
-def _rank(rank: int, folder: str, counts: list[int], options: dict[str, str]) -> None:
+def _rank(rank: int, folder: str, counts: list[int], options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     gradient = _gradient(slice(2 * rank, 2 * rank + 2), counts, options)
@@ -48,7 +49,7 @@ def _rank(rank: int, folder: str, counts: list[int], options: dict[str, str]) ->
     dist.destroy_process_group()
 
 
-def _two_ranks(counts: list[int], options: dict[str, str]) -> Tensor:
+def _two_ranks(counts: list[int], options: dict[str, Any]) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(folder, counts, options), nprocs=2)
         return torch.load(Path(folder) / "gradient.pt", weights_only=True)

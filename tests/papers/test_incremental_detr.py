@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor
 
 from reprise.errors import CheckpointError
@@ -16,13 +18,14 @@ from reprise.nn.matching import pad_targets
 from reprise.papers.incremental_detr.build import build_detector
 from reprise.papers.incremental_detr.criterion import IncrementalCriterion, Predictions
 from reprise.papers.incremental_detr.distillation import (
+    Divergence,
     class_divergence,
     covered_cells,
     feature_distillation,
     released_class_distillation,
     released_distilled_cells,
 )
-from reprise.papers.incremental_detr.model import DeformableDETR
+from reprise.papers.incremental_detr.model import DeformableDETR, Trainable
 from reprise.papers.incremental_detr.module import IncrementalDetrModule, parameter_groups
 from reprise.papers.incremental_detr.parity import ADAPTERS
 from reprise.papers.incremental_detr.transformer import inverse_sigmoid, refine
@@ -32,10 +35,20 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 CLASSES = 5
 
 
-def _tiny(**options: object) -> DeformableDETR:
-    sizes = {"dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 24}
-    stem = {"backbone": "conv_stem", "dilation": False, "stem_widths": (8, 16), "num_queries": 6, "dropout": 0.1}
-    return build_detector(**{"num_classes": CLASSES, **sizes, **stem, **options})  # type: ignore[arg-type]
+def _tiny(**options: Any) -> DeformableDETR:
+    sizes: dict[str, Any] = {"dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 24}
+    stem: dict[str, Any] = {
+        "backbone": "conv_stem",
+        "dilation": False,
+        "stem_widths": (8, 16),
+        "num_queries": 6,
+        "dropout": 0.1,
+    }
+    return build_detector(**{"num_classes": CLASSES, **sizes, **stem, **options})
+
+
+def _weight(module: IncrementalDetrModule, layer: str) -> torch.nn.Parameter:
+    return module.model.get_parameter(f"{layer}.weight")
 
 
 def _count(module: torch.nn.Module, trained: bool = False) -> int:
@@ -73,9 +86,9 @@ def test_published_sizes() -> None:
         ("projection_and_heads", {"class_embed", "input_proj", "bbox_embed"}),
     ],
 )
-def test_frozen_parts(trainable: str, parts: set[str]) -> None:
+def test_frozen_parts(trainable: Trainable, parts: set[str]) -> None:
     model = _tiny()
-    model.train_only(trainable)  # type: ignore[arg-type]
+    model.train_only(trainable)
     names = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names == parts
 
@@ -85,12 +98,13 @@ def test_all_trains_all_and_others_are_refused() -> None:
     model.train_only("all")
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="trainable is 'some'"):
-        model.train_only("some")  # type: ignore[arg-type]
+        model.train_only(cast(Any, "some"))
 
 
 def test_start_of_the_heads() -> None:
     model = _tiny()
-    assert torch.allclose(model.class_embed[0].bias.sigmoid(), torch.full((CLASSES,), 0.01), atol=1e-6)  # type: ignore[operator,union-attr]
+    bias = model.get_parameter("class_embed.0.bias")
+    assert torch.allclose(bias.sigmoid(), torch.full((CLASSES,), 0.01), atol=1e-6)
     output = model(torch.randn(1, 3, 32, 32))
     sizes = torch.full_like(output.boxes[..., 2:], float(torch.tensor(-2.0).sigmoid()))
     torch.testing.assert_close(output.boxes[..., 2:], sizes)
@@ -105,7 +119,7 @@ def test_refine_moves_points_and_boxes() -> None:
     assert inverse_sigmoid(torch.tensor([0.0, 1.0])).isfinite().all()
 
 
-def test_padding_does_not_change_the_predictions() -> None:
+def test_padding_does_not_change_the_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _tiny(levels=1).eval()
     image = torch.randn(1, 3, 32, 32)
     padded = torch.nn.functional.pad(image, (0, 16, 0, 8))
@@ -119,7 +133,8 @@ def test_padding_does_not_change_the_predictions() -> None:
         stages = [torch.nn.functional.pad(stage, (0, 4, 0, 2)) for stage in model.features(image).stages]
         features = model.features(padded, mask)
         # group norm sees the padding (as in the official code); so give it the same projected cells
-        model.project = lambda _: [torch.nn.functional.pad(alone.projected[0], (0, 4, 0, 2))]  # type: ignore[method-assign]
+        projected = torch.nn.functional.pad(alone.projected[0], (0, 4, 0, 2))
+        monkeypatch.setattr(model, "project", lambda _: [projected])
         found = model.detect(features._replace(stages=stages))
     torch.testing.assert_close(found.boxes, alone.boxes, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(found.logits, alone.logits, atol=2e-4, rtol=1e-4)
@@ -237,10 +252,10 @@ def test_no_pseudo_target_gives_zero_with_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_divergence_is_zero_for_equal_rows_and_positive_else(kind: str) -> None:
+def test_divergence_is_zero_for_equal_rows_and_positive_else(kind: Divergence) -> None:
     rows = torch.randn(4, CLASSES)
-    assert class_divergence(rows, rows, kind).abs().max() < 1e-6  # type: ignore[arg-type]
-    assert (class_divergence(rows, rows.roll(1, 0), kind) > 0).all()  # type: ignore[arg-type]
+    assert class_divergence(rows, rows, kind).abs().max() < 1e-6
+    assert (class_divergence(rows, rows.roll(1, 0), kind) > 0).all()
 
 
 def test_released_class_distillation_stops_at_unequal_counts() -> None:
@@ -288,23 +303,23 @@ def test_without_distillation_there_is_no_teacher() -> None:
 
 def test_stages_hand_over_what_they_should() -> None:
     base = IncrementalDetrModule(_tiny(), IncrementalCriterion(), ADAMW, stage="base")
-    torch.nn.init.normal_(base.model.class_embed[0].weight)  # type: ignore[arg-type]
+    torch.nn.init.normal_(_weight(base, "class_embed.0"))
     tuned = IncrementalDetrModule(
         _tiny(stage="self_supervised"), IncrementalCriterion(), ADAMW, stage="self_supervised"
     )
-    fresh = tuned.model.class_embed[0].weight.clone()  # type: ignore[operator]
+    fresh = _weight(tuned, "class_embed.0").clone()
     tuned.continue_from(base.state_dict())
-    assert torch.equal(tuned.model.class_embed[0].weight, fresh)  # type: ignore[arg-type]
-    assert torch.equal(tuned.model.input_proj[0][0].weight, base.model.input_proj[0][0].weight)  # type: ignore[index]
+    assert torch.equal(_weight(tuned, "class_embed.0"), fresh)
+    assert torch.equal(_weight(tuned, "input_proj.0.0"), _weight(base, "input_proj.0.0"))
     novel = IncrementalDetrModule(_tiny(), IncrementalCriterion(), ADAMW)
     novel.continue_from(tuned.state_dict())
-    assert torch.equal(novel.model.class_embed[1].weight, fresh[:-1])  # type: ignore[arg-type]
+    assert torch.equal(_weight(novel, "class_embed.1"), fresh[:-1])
     assert novel.teacher is not None
     for ours, theirs in zip(novel.model.parameters(), novel.teacher.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     directly = IncrementalDetrModule(_tiny(), IncrementalCriterion(), ADAMW)
     directly.continue_from(base.state_dict())
-    assert torch.equal(directly.model.class_embed[0].weight, base.model.class_embed[0].weight)  # type: ignore[arg-type]
+    assert torch.equal(_weight(directly, "class_embed.0"), _weight(base, "class_embed.0"))
 
 
 def test_a_stage_of_another_size_is_a_clear_error() -> None:
@@ -324,9 +339,8 @@ def test_learning_rates() -> None:
 
 def test_official_weights_of_both_stages() -> None:
     tuned, novel = _tiny(stage="self_supervised"), _tiny()
-    state = {"model": tuned.state_dict()}
-    cut = import_weights(state, novel)
-    assert torch.equal(cut["class_embed.0.weight"], tuned.class_embed[0].weight[:-1])  # type: ignore[index]
+    cut = import_weights(tuned.state_dict(), novel)
+    assert torch.equal(cut["class_embed.0.weight"], tuned.state_dict()["class_embed.0.weight"][:-1])
     both = {}
     for name, value in novel.state_dict().items():
         first, _, rest = name.partition(".")
@@ -338,7 +352,23 @@ def test_official_weights_of_both_stages() -> None:
     assert torch.equal(teacher["transformer.level_embed"], both["transformer.level_embed"] + 1)
     assert torch.equal(teacher["query_embed.weight"], both["query_embed.weight"])
     with pytest.raises(CheckpointError, match="lacks keys"):
-        import_weights({"model": {}}, novel)
+        import_weights({}, novel)
+
+
+def test_whole_checkpoints_of_every_stage_are_imported(tmp_path: Path) -> None:
+    model = recipe_model("incremental_detr/small")
+    wanted = model.state_dict()
+    base = save_checkpoint(tmp_path / "checkpoint_base.pth", model, model=wanted)
+    assert_equal(imported("incremental_detr/small", base), wanted)
+    pseudo = {
+        name: torch.cat([value, value[:1]]) if name.startswith("class_embed.") else value
+        for name, value in wanted.items()
+    }
+    tuned = save_checkpoint(tmp_path / "checkpoint_base_finetuned.pth", model, model=pseudo)
+    assert_equal(imported("incremental_detr/small", tuned), wanted)
+    teacher = {name.replace(".", "_base.", 1): value + 1 for name, value in wanted.items() if "query_embed" not in name}
+    novel = save_checkpoint(tmp_path / "checkpoint.pth", model, model=wanted | teacher)
+    assert_equal(imported("incremental_detr/small", novel), wanted)
 
 
 def test_golden_cases_of_every_kind_have_an_adapter(goldens: Path) -> None:

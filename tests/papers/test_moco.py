@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.checkpoints import assert_equal, imported, recipe_model, save_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from reprise.papers.moco.module import MomentumContrast
 from reprise.papers.moco.probe import LinearClassifier
 from reprise.papers.moco.weights import import_backbone, import_weights, official_name
 from reprise.training.schedules import epoch_cosine
+from reprise.training.weights import read_weights
 
 
 def resnet(**options: Any) -> ResNet:
@@ -112,8 +115,8 @@ def test_batch_keys_instead_of_a_queue() -> None:
 def test_update_order_of_the_paper_is_the_same() -> None:
     """Algorithm 1 moves the key encoder after SGD, the released code before the next keys: equal losses."""
     released, views = moco(), [pair() for _ in range(3)]
-    paper = copy.deepcopy(released)
-    paper.move = lambda: None  # type: ignore[method-assign]
+    paper: Any = copy.deepcopy(released)
+    paper.move = lambda: None
     order = orders()
     losses: dict[str, list[float]] = {"released": [], "paper": []}
     for name, model in (("released", released), ("paper", paper)):
@@ -144,12 +147,13 @@ def vit(**options: Any) -> VisionTransformer:
 
 
 def test_frozen_patches_stay_and_the_first_layer_is_the_next() -> None:
-    model = MoCoV3(vit(), dim=6, mlp_dim=12)
+    encoder = vit()
+    model = MoCoV3(encoder, dim=6, mlp_dim=12)
     model.contrast(*pair(), 0.99).loss.backward()
-    assert model.base_encoder.patch_embed.proj.weight.grad is None  # type: ignore[union-attr]
+    assert encoder.patch_embed.get_parameter("proj.weight").grad is None
     assert model.encoder.first_layer.grad is not None
-    trained = MoCoV3(vit(freeze_patches=False), dim=6, mlp_dim=12)
-    assert trained.encoder.first_layer is next(trained.base_encoder.patch_embed.parameters())  # type: ignore[union-attr]
+    free = vit(freeze_patches=False)
+    assert MoCoV3(free, dim=6, mlp_dim=12).encoder.first_layer is next(free.patch_embed.parameters())
 
 
 def test_heads_of_v3() -> None:
@@ -192,7 +196,7 @@ def test_positions_as_released() -> None:
 
 
 def test_query_key_and_value_start_as_layers_of_their_own() -> None:
-    weight = vit().blocks[0].attn.qkv.weight  # type: ignore[union-attr]
+    weight = vit().get_parameter("blocks.0.attn.qkv.weight")
     assert float(weight.detach().abs().max()) == pytest.approx(math.sqrt(6 / 32), rel=0.05)
 
 
@@ -218,6 +222,16 @@ def test_official_names_come_back() -> None:
     assert "module.queue_ptr" in official
     mapped = import_weights(official, model)
     assert all(torch.equal(value, mapped[key]) for key, value in model.state_dict().items())
+
+
+def test_whole_checkpoints_are_imported(tmp_path: Path) -> None:
+    model = recipe_model("moco/small")
+    assert isinstance(model, MoCo)
+    official = {f"module.{official_name(key, residual=True)}": value for key, value in model.state_dict().items()}
+    whole = save_checkpoint(tmp_path / "checkpoint_0199.pth.tar", model, state_dict=official)
+    assert_equal(imported("moco/small", whole), model.state_dict())
+    trunk = import_backbone(read_weights(whole), model.encoder)
+    assert torch.equal(trunk["conv1.weight"], model.encoder.first_layer)
 
 
 def test_trunk_alone_is_imported_and_leftovers_are_named() -> None:

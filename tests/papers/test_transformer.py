@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from reprise.config import compose
 from reprise.errors import CheckpointError
 from reprise.papers.transformer.criterion import label_smoothed_loss, soft_target_entropy, token_log_probs
 from reprise.papers.transformer.model import Transformer
+from reprise.papers.transformer.module import TransformerModule
 from reprise.papers.transformer.networks import Network
 from reprise.papers.transformer.parity import build_transformer
 from reprise.papers.transformer.pictures import attention_maps
@@ -27,9 +29,16 @@ from reprise.training.run import build
 VOCAB = 11
 
 
-def tiny(**options: object) -> Transformer:
-    sizes = {"dim": 16, "hidden_dim": 24, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.0}
-    return Transformer(VOCAB, **(sizes | options)).eval()  # type: ignore[arg-type]
+def tiny(**options: Any) -> Transformer:
+    sizes: dict[str, Any] = {
+        "dim": 16,
+        "hidden_dim": 24,
+        "num_heads": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "dropout": 0.0,
+    }
+    return Transformer(VOCAB, **(sizes | options)).eval()
 
 
 def networks() -> list[Network]:
@@ -216,12 +225,13 @@ def test_paper_recipe_is_post_norm_with_the_published_warm_up() -> None:
     assert not cfg.paper.model.transformer.pre_norm
     assert cfg.schedule.warmup_steps == 4000
     assert cfg.data.batch_size * cfg.data.bucket_length == 25_000
-    assert sum(p.numel() for p in module.model.parameters()) == 63_045_632  # type: ignore[union-attr]
+    assert sum(p.numel() for p in module.get_submodule("model").parameters()) == 63_045_632
 
 
 def test_as_released_changes_positions_smoothing_and_length() -> None:
     cfg = compose(["experiment=transformer/small", "paper.as_released=true"])
     module = build(cfg).module
-    assert module.model.positions == "timing"  # type: ignore[union-attr]
+    assert isinstance(module, TransformerModule)
+    assert module.model.positions == "timing"
     assert module.extra_length == 100
     assert module.as_released

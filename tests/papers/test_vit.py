@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ from reprise.papers.vit.weights import (
 from reprise.training.weights import read_weights
 
 
-def tiny(**changes: object) -> VisionTransformer:
-    options: dict[str, object] = {
+def tiny(**changes: Any) -> VisionTransformer:
+    options: dict[str, Any] = {
         "image_shape": (3, 8, 12),
         "num_classes": 5,
         "patch": 4,
@@ -39,7 +40,7 @@ def tiny(**changes: object) -> VisionTransformer:
         "num_heads": 2,
         "mlp_dim": 24,
     }
-    return vision_transformer(**(options | changes))  # type: ignore[arg-type]
+    return vision_transformer(**(options | changes))
 
 
 def perturbed(model: VisionTransformer, seed: int = 0) -> VisionTransformer:
@@ -50,10 +51,10 @@ def perturbed(model: VisionTransformer, seed: int = 0) -> VisionTransformer:
     return model
 
 
-def parameters_of(variant: str, size: int = 224, num_classes: int = 1000, **changes: object) -> int:
+def parameters_of(variant: str, size: int = 224, num_classes: int = 1000, **changes: Any) -> int:
     with torch.device("meta"):
-        options = {"image_shape": (3, size, size), "num_classes": num_classes} | changes
-        model = vision_transformer(variant, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"image_shape": (3, size, size), "num_classes": num_classes} | changes
+        model = vision_transformer(variant, **options)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -336,7 +337,7 @@ def test_what_pictures_show() -> None:
         position_similarity(tiny(positions="none"))
 
 
-def module(network: str = "vit", **changes: object) -> ViTModule:
+def module(network: str = "vit", **changes: Any) -> ViTModule:
     return ViTModule(
         build(
             network,
@@ -345,7 +346,7 @@ def module(network: str = "vit", **changes: object) -> ViTModule:
         ),
         lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.3),
         num_classes=5,
-        **changes,  # type: ignore[arg-type]
+        **changes,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,8 +81,8 @@ def test_a_bad_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = VisionTransformer.__init__
     target: list[nn.LayerNorm] = []
 
-    def remember(self: VisionTransformer, *args: object, **kwargs: object) -> None:
-        made(self, *args, **kwargs)  # type: ignore[arg-type]
+    def remember(self: VisionTransformer, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
         target[:] = [layer for layer in self.modules() if isinstance(layer, nn.LayerNorm)][2:3]
 
     monkeypatch.setattr(VisionTransformer, "__init__", remember)
@@ -99,8 +100,8 @@ def test_a_bad_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bad_gradient_is_named_before_it_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     made = VisionTransformer.__init__
 
-    def poison(self: VisionTransformer, *args: object, **kwargs: object) -> None:
-        made(self, *args, **kwargs)  # type: ignore[arg-type]
+    def poison(self: VisionTransformer, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
         list(self.parameters())[3].register_hook(lambda gradient: gradient * torch.inf)
 
     monkeypatch.setattr(VisionTransformer, "__init__", poison)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.optim import SGD
@@ -10,10 +12,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from reprise.training import schedules
 
 
-def rates(make: object, steps: int) -> list[float]:
+def rates(make: Callable[[SGD], LRScheduler], steps: int) -> list[float]:
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = make(optimizer)  # type: ignore[operator]
-    assert isinstance(schedule, LRScheduler)
+    schedule = make(optimizer)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -33,8 +34,8 @@ def test_step_is_torch_s_multistep() -> None:
 
 
 @pytest.mark.parametrize("shape", [schedules.cosine, schedules.linear])
-def test_warmup_starts_at_zero_and_reaches_the_base_rate(shape: object) -> None:
-    ours = rates(lambda o: shape(o, total_steps=30, warmup_steps=10, final_factor=0.1), 31)  # type: ignore[operator]
+def test_warmup_starts_at_zero_and_reaches_the_base_rate(shape: Callable[..., LRScheduler]) -> None:
+    ours = rates(lambda o: shape(o, total_steps=30, warmup_steps=10, final_factor=0.1), 31)
     assert ours[0] == 0
     assert ours[5] == pytest.approx(1.0)
     assert ours[10] == pytest.approx(2.0)

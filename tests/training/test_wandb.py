@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import wandb
 from tests.training.wandb_files import OfflineRun, read_offline
+from torch import Tensor
 
 from reprise import config as configuration
 from reprise.cli import main
+from reprise.data.loader import Batch
 from reprise.errors import DivergedError
 from reprise.papers.vit.module import ViTModule
 from reprise.training.run import train
@@ -82,8 +84,8 @@ def _same_as_the_folder(folder: Path, found: OfflineRun) -> None:
 def test_a_failed_run_is_finished_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     step = ViTModule.training_step
 
-    def spoiled(self: ViTModule, batch: dict[str, object], batch_idx: int) -> object:
-        return step(self, batch, batch_idx) * (float("nan") if batch_idx == 2 else 1.0)  # type: ignore[arg-type]
+    def spoiled(self: ViTModule, batch: Batch, batch_idx: int) -> Tensor:
+        return step(self, batch, batch_idx) * (float("nan") if batch_idx == 2 else 1.0)
 
     monkeypatch.setattr(ViTModule, "training_step", spoiled)
     cfg = configuration.compose([*SMOKE, "seed=3"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +37,75 @@ def test_npz_and_safetensors(tmp_path: Path) -> None:
         assert read_weights(tmp_path / name).keys() == STATE.keys()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_training_scripts_save_beside_the_weights(tmp_path: Path, zipped: bool) -> None:
+    state = OrderedDict((f"module.{name}", value) for name, value in STATE.items())
+    beside = {"args": argparse.Namespace(lr=0.1, seed=np.int64(3)), "optimizer": {"lr": np.float64(0.1)}, "epoch": 3}
+    torch.save(
+        {**beside, "student": state, "model": state}, tmp_path / "w.pth.tar", _use_new_zipfile_serialization=zipped
+    )
+    for keys in ((), ("teacher", "student")):
+        assert read_weights(tmp_path / "w.pth.tar", keys).keys() == STATE.keys()
+
+
+def test_a_papers_own_keys_come_first_and_a_file_without_any_is_described(tmp_path: Path) -> None:
+    torch.save({"student": STATE, "model": {"c": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth", ("teacher", "student")).keys() == STATE.keys()
+    assert read_weights(tmp_path / "w.pth").keys() == {"c"}
+    torch.save({"student": STATE, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(
+        CheckpointError, match="no state dict of tensors, but a dictionary with the keys student, epoch"
+    ):
+        read_weights(tmp_path / "w.pth")
+    torch.save([1, 2], tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="but one list"):
+        read_weights(tmp_path / "w.pth")
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, ...]:
         return (os.mkdir, ("executed",))
+
+
+class OnArrival:
+    """Would run code as NumPy rebuilds an array of objects, or as an allowed object takes its state."""
+
+    def __init__(self, build: Callable[..., object]) -> None:
+        self.build = build
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (self.build, (), {"state": Malicious()})
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(Malicious(), id="bare"),
+        pytest.param(argparse.Namespace(lr=Malicious()), id="in the arguments"),
+        pytest.param(OnArrival(argparse.Namespace), id="as the state of the arguments"),
+        pytest.param(np.array([Malicious()], dtype=object), id="in an array of objects"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_beside_the_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hidden: object, zipped: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": STATE, "args": hidden}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert main(["weights", "import", "experiment=fedntd/small", "src=w.pth", "out=out.safetensors"]) == 1
+    message = capsys.readouterr().err
+    assert "which is refused" in message
+    assert "weights_only" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pth"]
+
+
+def test_foreign_classes_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"model": STATE, "config": Path("somewhere")}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"it asks for pathlib\S*PosixPath, which is refused"):
+        read_weights(tmp_path / "w.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"it asks for torch\.nn\.modules\.linear\.Linear, which is refused"):
+        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.npz"])

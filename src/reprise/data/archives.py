@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -46,20 +48,10 @@ def safe_extract(archive: Path, target: Path, *, max_bytes: int = MAX_BYTES, max
             return [_move(path, target / path.name) for path in sorted(partial.iterdir())]
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except (
-        OSError,
-        EOFError,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
+    except (zlib.error, lzma.LZMAError) as error:  # of damaged streams
+        raise _refused(archive, f"is damaged: {error}") from error
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
         raise _refused(archive, f"cannot be unpacked: {error}") from error
-    except Exception as error:
-        if type(error).__module__ in ("zlib", "lzma", "_lzma"):  # damaged streams raise the codec's own error
-            raise _refused(archive, f"is damaged: {error}") from error
-        raise
 
 
 def _refused(archive: Path, reason: str) -> DataError:

@@ -1,18 +1,20 @@
-"""The data sets that papers use: what they are, where they come from, how they lie on disk, when they are whole."""
+"""The data sets that papers use: what they are, where they come from, how they lie on disk."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from reprise.data import bccd, cifar10, wmt14
+from reprise.data.checks import (
+    Check,
+    always,
+    check_bccd,
+    check_cifar10,
+    check_wmt14,
+    checksums,
+    file_counts,
+    line_counts,
+)
 from reprise.data.download import Download
-from reprise.errors import DataError
-
-Facts = dict[str, int]
-Check = Callable[[Path], Facts]
 
 
 @dataclass(frozen=True)
@@ -38,106 +40,6 @@ class DataEntry:
     downloads: tuple[Download, ...] = ()
     instructions: str | None = None
     built_in: bool = False
-
-
-def _always(root: Path) -> Facts:
-    return {}
-
-
-def _expect(name: str, counts: dict[str, int], *, at_least: bool = False) -> Check:
-    """A check that a folder of the data root has this many files (or folders) for each pattern."""
-
-    def run(root: Path) -> Facts:
-        folder = root / name
-        if not folder.is_dir():
-            raise DataError(f"{name} is not there", looked_at=folder)
-        found = {pattern: sum(1 for _ in folder.glob(pattern)) for pattern in counts}
-        wrong = {p: n for p, n in found.items() if (n < counts[p] if at_least else n != counts[p])}
-        if wrong:
-            told = ", ".join(f"{n} of {counts[pattern]} {pattern}" for pattern, n in wrong.items())
-            raise DataError(f"{name} is not complete: {told}", looked_at=folder)
-        empty = [
-            path for pattern in counts for path in folder.glob(pattern) if path.is_file() and not path.stat().st_size
-        ]
-        if empty:
-            raise DataError(f"{name} has {len(empty)} empty files", looked_at=empty[0])
-        return found
-
-    return run
-
-
-def _lines(name: str, counts: dict[str, int]) -> Check:
-    """A check that text files have this many lines."""
-
-    def run(root: Path) -> Facts:
-        for file, count in counts.items():
-            path = root / name / file
-            if not path.is_file():
-                raise DataError(f"{name} is not there", looked_at=path)
-            found = path.read_bytes().count(b"\n")
-            if found != count:
-                raise DataError(f"{name}: {file} has {found} lines, not {count}", looked_at=path)
-        return dict(counts)
-
-    return run
-
-
-def _checksums(name: str, downloads: tuple[Download, ...]) -> Check:
-    """A check that plain files are those that were published."""
-
-    def run(root: Path) -> Facts:
-        for part in downloads:
-            path = root / part.place
-            if not path.is_file():
-                raise DataError(f"{name} is not there", looked_at=path)
-            if f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != part.checksum:
-                raise DataError(f"{name}: {path.name} is not the published file", looked_at=path)
-        return {"files": len(downloads)}
-
-    return run
-
-
-def _check_cifar10(root: Path) -> Facts:
-    layout, folder = cifar10.find_folder(root)
-    if layout == "folder":
-        counts = {
-            f"{split}/{name}/*": cifar10.COUNTS[split] // 10 for split in cifar10.COUNTS for name in cifar10.CLASSES
-        }
-        found = _expect(folder.name, counts)(folder.parent)
-        return {split: sum(n for key, n in found.items() if key.startswith(split)) for split in cifar10.COUNTS}
-    files = [folder / name for names in cifar10.PICKLES.values() for name in names]
-    short = [path for path in files if not path.is_file() or path.stat().st_size < 10_000 * 3073]
-    if short:
-        raise DataError(f"CIFAR-10: {short[0].name} is missing or truncated", looked_at=short[0])
-    return dict(cifar10.COUNTS)
-
-
-def _check_bccd(root: Path) -> Facts:
-    for split in bccd.COUNTS:
-        bccd.split_files(root / "bccd", split)
-    return dict(bccd.COUNTS)
-
-
-def _check_wmt14(root: Path) -> Facts:
-    """At least one pair of languages, its evaluation sets complete and the two sides of each file in step."""
-    pairs = [pair for pair in wmt14.PAIRS if (root / "wmt14" / pair).is_dir()]
-    if not pairs:
-        raise DataError("wmt14 is not there", looked_at=root / "wmt14")
-    facts: Facts = {}
-    for pair in pairs:
-        for split, name in wmt14.NAMES.items():
-            counts = [_count_lines(root / "wmt14" / pair / f"{name}.{language}") for language in pair.split("-")]
-            if counts[0] != counts[1] or counts[0] != wmt14.COUNTS.get(split, counts[0]):
-                raise DataError(f"wmt14: {pair}/{name} has {counts[0]} and {counts[1]} lines", looked_at=root / "wmt14")
-            facts[f"{pair}/{name}"] = counts[0]
-    return facts
-
-
-def _count_lines(path: Path) -> int:
-    if not path.is_file():
-        raise DataError(f"wmt14 lacks {path.name}", looked_at=path)
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
 
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -205,7 +107,7 @@ ENTRIES = (
         licence="CC BY 4.0",
         source="UCI Optical Recognition of Handwritten Digits, as in scikit-learn",
         layout="in the package scikit-learn",
-        check=_always,
+        check=always,
         built_in=True,
     ),
     DataEntry(
@@ -215,7 +117,7 @@ ENTRIES = (
         licence="Apache-2.0",
         source="reprise.data.shapes",
         layout="<cache>/shapes/",
-        check=_always,
+        check=always,
         built_in=True,
     ),
     DataEntry(
@@ -225,7 +127,7 @@ ENTRIES = (
         licence="not stated by the authors; for research",
         source="https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009)",
         layout="cifar-10-batches-py/data_batch_{1..5}, test_batch; or cifar10/{train,test}/<class>/*.jpg",
-        check=_check_cifar10,
+        check=check_cifar10,
         downloads=(
             Download(
                 "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -242,7 +144,7 @@ ENTRIES = (
         licence="MIT",
         source="https://github.com/Shenggan/BCCD_Dataset",
         layout="bccd/{Annotations/*.xml, JPEGImages/*.jpg, ImageSets/Main/{train,val,test}.txt}",
-        check=_check_bccd,
+        check=check_bccd,
         downloads=(
             Download(
                 f"https://github.com/Shenggan/BCCD_Dataset/archive/{_BCCD_COMMIT}.zip",
@@ -260,7 +162,7 @@ ENTRIES = (
         licence="for research, see the repository",
         source="https://github.com/multi30k/dataset (Elliott et al. 2016)",
         layout="multi30k/{train,val,test_2016_flickr,test_2017_flickr}.{en,de}.gz",
-        check=_checksums("multi30k", _MULTI30K_PARTS),
+        check=checksums("multi30k", _MULTI30K_PARTS),
         downloads=_MULTI30K_PARTS,
     ),
     DataEntry(
@@ -270,7 +172,7 @@ ENTRIES = (
         licence="CC BY 3.0",
         source="https://github.com/clinc/oos-eval (Larson et al. 2019)",
         layout="clinc150/data_full.json",
-        check=_checksums("clinc150", _CLINC150_PARTS),
+        check=checksums("clinc150", _CLINC150_PARTS),
         downloads=_CLINC150_PARTS,
     ),
     DataEntry(
@@ -280,7 +182,7 @@ ENTRIES = (
         licence="MIT",
         source="https://github.com/kimiyoung/planetoid (Yang et al. 2016)",
         layout="cora/raw/ind.cora.{x,y,tx,ty,allx,ally,graph,test.index}",
-        check=_checksums("cora", _CORA_PARTS),
+        check=checksums("cora", _CORA_PARTS),
         downloads=_CORA_PARTS,
     ),
     DataEntry(
@@ -290,7 +192,7 @@ ENTRIES = (
         licence="MIT",
         source="https://github.com/TimDettmers/ConvE (Dettmers et al. 2018)",
         layout="wn18rr/{train,valid,test}.txt",
-        check=_lines("wn18rr", {"train.txt": 86_835, "valid.txt": 3034, "test.txt": 3134}),
+        check=line_counts("wn18rr", {"train.txt": 86_835, "valid.txt": 3034, "test.txt": 3134}),
         downloads=(
             Download(
                 f"{_CONVE}/WN18RR.tar.gz",
@@ -307,7 +209,7 @@ ENTRIES = (
         licence="MIT",
         source="https://github.com/TimDettmers/ConvE",
         layout="kinship/{train,valid,test}.txt",
-        check=_lines("kinship", {"train.txt": 8544, "valid.txt": 1068, "test.txt": 1074}),
+        check=line_counts("kinship", {"train.txt": 8544, "valid.txt": 1068, "test.txt": 1074}),
         downloads=(
             Download(
                 f"{_CONVE}/kinship.tar.gz",
@@ -324,7 +226,7 @@ ENTRIES = (
         licence="MIT",
         source="https://github.com/brendenlake/omniglot (Lake et al. 2015)",
         layout="omniglot/images_background_small1/<alphabet>/<character>/*.png",
-        check=_expect("omniglot", {"images_background_small1/*/*/*.png": 2720}),
+        check=file_counts("omniglot", {"images_background_small1/*/*/*.png": 2720}),
         downloads=(
             Download(
                 f"{_OMNIGLOT}/images_background_small1.zip",
@@ -341,7 +243,7 @@ ENTRIES = (
         licence="SIL OFL 1.1 (pictures), Unicode licence (names)",
         source="https://github.com/googlefonts/noto-emoji, Unicode CLDR",
         layout="noto_emoji/{images/*.png, captions.tsv (file, codepoints, skin_tone, en, de, fr)}",
-        check=_expect("noto_emoji", {"images/*.png": 3543, "captions.tsv": 1}, at_least=True),
+        check=file_counts("noto_emoji", {"images/*.png": 3543, "captions.tsv": 1}, at_least=True),
         instructions="copy png/72 of googlefonts/noto-emoji to <data root>/noto_emoji/images, and write captions.tsv "
         "(tab-separated: file, codepoints, skin_tone, en, de, fr) with the CLDR short names (annotations `tts`)",
     ),
@@ -352,7 +254,7 @@ ENTRIES = (
         licence="public domain",
         source="https://github.com/karpathy/char-rnn",
         layout="tiny_shakespeare/input.txt",
-        check=_checksums("tiny_shakespeare", _SHAKESPEARE_PARTS),
+        check=checksums("tiny_shakespeare", _SHAKESPEARE_PARTS),
         downloads=_SHAKESPEARE_PARTS,
     ),
     DataEntry(
@@ -362,7 +264,7 @@ ENTRIES = (
         licence="ImageNet terms of access (research)",
         source="https://image-net.org/challenges/LSVRC/2012",
         layout="imagenet/{train,val}/<wnid>/*.JPEG",
-        check=_expect("imagenet", {"train/n*": 1000, "val/n*": 1000}),
+        check=file_counts("imagenet", {"train/n*": 1000, "val/n*": 1000}),
         instructions="log in at image-net.org, download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; unpack "
         "them to <data root>/imagenet/{train,val}/<wnid>/*.JPEG",
     ),
@@ -373,7 +275,7 @@ ENTRIES = (
         licence="CC BY 4.0 (annotations); Flickr terms (images)",
         source="https://cocodataset.org (Lin et al. 2014)",
         layout="coco/{train2017,val2017}/*.jpg, coco/annotations/instances_{train,val}2017.json",
-        check=_expect(
+        check=file_counts(
             "coco",
             {
                 "train2017/*.jpg": 118_287,
@@ -398,7 +300,7 @@ ENTRIES = (
         licence="Apache-2.0",
         source="reprise.data.sequences",
         layout="in memory",
-        check=_always,
+        check=always,
         built_in=True,
     ),
     DataEntry(
@@ -408,7 +310,7 @@ ENTRIES = (
         licence="terms of the corpora (research)",
         source="https://www.statmt.org/wmt14/translation-task.html",
         layout="wmt14/{en-de,en-fr}/{train,newstest2013,newstest2014}.{en,de|fr}, one sentence a line",
-        check=_check_wmt14,
+        check=check_wmt14,
         instructions="from https://www.statmt.org/wmt14/translation-task.html download Europarl v7, Common Crawl and "
         "News Commentary (en-fr: also the UN corpus and the 10^9 corpus), concatenate them in the same order to "
         "<data root>/wmt14/en-de/train.en and train.de, drop pairs with an empty side, and put newstest2013 (dev.tgz) "
@@ -421,7 +323,7 @@ ENTRIES = (
         licence="MIT",
         source="https://github.com/openai/CLIP; also in the wheel of open_clip_torch on PyPI",
         layout="clip_bpe/bpe_simple_vocab_16e6.txt.gz",
-        check=_checksums("clip_bpe", _CLIP_BPE_PARTS),
+        check=checksums("clip_bpe", _CLIP_BPE_PARTS),
         downloads=_CLIP_BPE_PARTS,
     ),
     DataEntry(
@@ -431,7 +333,7 @@ ENTRIES = (
         licence="that of the pairs",
         source="e.g. Conceptual Captions (https://ai.google.com/research/ConceptualCaptions)",
         layout="image_text/{images/..., captions.tsv (file, caption)}",
-        check=_expect("image_text", {"captions.tsv": 1, "images": 1}),
+        check=file_counts("image_text", {"captions.tsv": 1, "images": 1}),
         instructions="put pictures below <data root>/image_text/images and a tab-separated table with the columns file "
         "and caption at <data root>/image_text/captions.tsv; zero-shot tests also need imagenet/val and clip_bpe",
     ),
@@ -442,7 +344,7 @@ ENTRIES = (
         licence="Apache-2.0",
         source="reprise.data.glyphs",
         layout="<cache>/glyphs/",
-        check=_always,
+        check=always,
         built_in=True,
     ),
     DataEntry(
@@ -452,7 +354,7 @@ ENTRIES = (
         licence="ImageNet terms of access (research)",
         source="Vinyals et al. 2016, split of Ravi and Larochelle 2017",
         layout="mini_imagenet/{train,val,test}/<class>/*",
-        check=_expect("mini_imagenet", {"train/*": 64, "val/*": 16, "test/*": 20}),
+        check=file_counts("mini_imagenet", {"train/*": 64, "val/*": 16, "test/*": 20}),
         instructions="get ILSVRC 2012 from image-net.org and the lists of Ravi and Larochelle "
         "(https://github.com/twitter-research/meta-learning-lstm, data/miniImagenet); copy the listed images to "
         "<data root>/mini_imagenet/{train,val,test}/<class>/",

@@ -193,7 +193,7 @@ class Federated(DataModule):
         parts = [part.numpy() for part in self.parts()]
         return torch.from_numpy(class_counts(labels, parts, self.spec.num_classes))
 
-    def train_dataloader(self) -> RoundLoader:  # type: ignore[override]  # rounds, not slices of a global batch
+    def train_dataloader(self) -> RoundLoader:
         rank, world = self._rank_and_world()
         return RoundLoader(
             self.source("train"),

@@ -21,7 +21,7 @@ from reprise.data.cache import cached_arrays
 from reprise.data.coco import CocoItems, Record
 from reprise.data.folder import FolderSource, Sample
 from reprise.data.images import DetectionSource
-from reprise.data.loader import EvalLoader, Source, StepLoader
+from reprise.data.loader import EvalLoader, Source, TrainLoader
 from reprise.data.module import DataModule
 from reprise.data.proposals import VERSION, SearchOptions, proposals_of, selective_search
 from reprise.data.spec import DataSpec
@@ -255,7 +255,7 @@ class IncrementalDetection(DataModule):
             return chosen
         return with_proposals(chosen, self.search, self.spec.num_classes)
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> TrainLoader:
         return self._lent("train").train_dataloader()
 
     def val_dataloader(self) -> EvalLoader:

@@ -41,6 +41,18 @@ class Transform(Protocol):
     def apply(self, batch: Batch, params: Mapping[str, Tensor]) -> Batch: ...
 
 
+class TrainLoader(Protocol):
+    """One rank's training batches: functions of the step, served from the step where a run continues."""
+
+    def __len__(self) -> int:
+        """Steps of the whole run, also after a resume."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def batch(self, step: int) -> Batch: ...
+
+
 class TensorSource:
     """Items held as equally long tensors, e.g. `TensorSource(image=images, label=labels)`; adds `index`."""
 

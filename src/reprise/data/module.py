@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from pytorch_lightning import LightningDataModule
 
-from reprise.data.loader import EvalLoader, Source, StepLoader, Transform
+from reprise.data.loader import EvalLoader, Source, StepLoader, TrainLoader, Transform
 from reprise.data.spec import DataSpec
 
 
@@ -61,7 +61,7 @@ class DataModule(LightningDataModule):
             self._sources[split] = self.build_source(split)
         return self._sources[split]
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> TrainLoader:
         rank, world = self._rank_and_world()
         return StepLoader(
             self.source("train"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reprise.data.catalogue import ENTRIES, DataEntry, Facts
+from reprise.data.catalogue import ENTRIES, DataEntry
+from reprise.data.checks import Facts
 from reprise.data.download import obtain
 from reprise.errors import ConfigError, DataError
 from reprise.paths import data_root

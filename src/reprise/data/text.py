@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from reprise.data.cache import Arrays, cached_arrays
-from reprise.data.loader import StepLoader
+from reprise.data.loader import TrainLoader
 from reprise.data.module import DataModule
 from reprise.data.ragged import PAD, BucketLoader, ParallelSource, Ragged, by_length, ragged_arrays
 from reprise.errors import ConfigError, DataError
@@ -129,7 +129,7 @@ class SequencePairs(DataModule):
     def reference(self, split: str, index: int) -> str:
         """The target of a pair as text."""
 
-    def train_dataloader(self) -> StepLoader | BucketLoader:  # type: ignore[override]
+    def train_dataloader(self) -> TrainLoader:
         if self.bucket_length is None:
             return super().train_dataloader()
         rank, world = self._rank_and_world()

@@ -21,7 +21,7 @@ RESNETS: dict[str, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
 
 
 class ResNetBody(nn.Module):
-    """A ResNet without pooling and classifier, parameter names as in torchvision; returns its four stages.
+    """The layers of a ResNet without pooling and classifier, parameter names as in torchvision.
 
     Args:
         block: `basic` or `bottleneck` blocks.
@@ -47,7 +47,7 @@ class ResNetBody(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = self._stage(width, layers[0], stride=1)
         self.layer2 = self._stage(width * 2, layers[1], stride=2)
         self.layer3 = self._stage(width * 4, layers[2], stride=2)
@@ -71,14 +71,14 @@ class ResNetBody(nn.Module):
         blocks += [self._block(outplanes, planes, dilation=dilation, norm_layer=self._norm) for _ in range(1, count)]
         return nn.Sequential(*blocks)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def stages(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] to the stages at strides 4, 8, 16 and 32 (16 with dilation)."""
         hidden = self.maxpool(self.relu(self.bn1(self.conv1(image))))
-        stages = []
+        found = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden = stage(hidden)
-            stages.append(hidden)
-        return stages
+            found.append(hidden)
+        return found
 
 
 class ResNetBackbone(nn.Module):
@@ -118,28 +118,7 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] to the features of the four stages, [B, channels[i], H_i, W_i]."""
-        return self.body(image)
-
-    def load_imagenet(self, version: str = "IMAGENET1K_V1") -> None:
-        """Load torchvision's ImageNet weights of this architecture (downloaded once, checksum verified).
-
-        Raises:
-            CheckpointError: when there are no such weights or they cannot be fetched.
-        """
-        from torchvision.models import get_weight
-
-        family = (self.name or "").replace("resnet", "ResNet")
-        try:
-            weights = get_weight(f"{family}_Weights.{version}")
-            state = dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
-        except (ValueError, OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"no ImageNet weights {version} for the backbone {self.name}: {error}",
-                looked_at="torchvision's weights and torch's hub cache (TORCH_HOME)",
-                next_step="put the file into $TORCH_HOME/hub/checkpoints, or set paper.backbone_weights=null",
-            ) from error
-        body = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        self.body.load_state_dict(body)
+        return self.body.stages(image)
 
 
 class ConvStem(nn.Module):
@@ -168,3 +147,45 @@ class ConvStem(nn.Module):
             image = block(image)
             stages.append(image)
         return stages
+
+
+Backbone = ResNetBackbone | ConvStem
+
+
+def build_backbone(name: str, *, dilation: bool, train_backbone: bool, stem_widths: Sequence[int]) -> Backbone:
+    """A backbone from plain options.
+
+    Args:
+        name: `resnet18` .. `resnet101` (with `dilation` and `train_backbone`), or `conv_stem` (with `stem_widths`).
+
+    Raises:
+        ValueError: an unknown name, or a dilated conv_stem.
+    """
+    if name != "conv_stem":
+        return ResNetBackbone(name, dilation=dilation, train_backbone=train_backbone)
+    if dilation:
+        raise ValueError("the conv_stem backbone has no dilation")
+    return ConvStem(stem_widths)
+
+
+def load_imagenet(backbone: nn.Module, version: str = "IMAGENET1K_V1") -> None:
+    """Load torchvision's ImageNet weights of a `ResNetBackbone` (downloaded once, checksum verified).
+
+    Raises:
+        CheckpointError: when there are no such weights or they cannot be fetched.
+    """
+    from torchvision.models import get_weight
+
+    try:
+        if not isinstance(backbone, ResNetBackbone):
+            raise ValueError(f"{type(backbone).__name__} is no network of torchvision's")
+        family = (backbone.name or "").replace("resnet", "ResNet")
+        weights = get_weight(f"{family}_Weights.{version}")
+        state = dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"no ImageNet weights {version} for the backbone: {error}",
+            looked_at="torchvision's weights and torch's hub cache (TORCH_HOME)",
+            next_step="put the file into $TORCH_HOME/hub/checkpoints, or set paper.backbone_weights=null",
+        ) from error
+    backbone.body.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})

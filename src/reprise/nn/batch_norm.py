@@ -5,12 +5,11 @@ Both work on every device and backend (torch's own SyncBatchNorm is for GPUs onl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
+
+from reprise.distributed import all_reduce_mean, all_reduce_sum_with_gradient, world_size
 
 
 class SyncBatchNorm(nn.modules.batchnorm._NormBase):
@@ -27,7 +26,7 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
         """
         if value.dim() < 2:
             raise ValueError(f"expected [N, C, ...], not {value.dim()} dimension(s)")
-        if not self.training or _ranks() == 1:
+        if not self.training or world_size() == 1:
             assert self.running_mean is not None
             assert self.running_var is not None
             if self.training and self.num_batches_tracked is not None:
@@ -40,10 +39,10 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
     def _over_all_ranks(self, value: Tensor) -> Tensor:
         reduced = [dim for dim in range(value.dim()) if dim != 1]
         shape = [1, -1] + [1] * (value.dim() - 2)
-        count = value.numel() // value.shape[1] * _ranks()
-        mean = _SumOverRanks.apply(value.sum(reduced)) / count
+        count = value.numel() // value.shape[1] * world_size()
+        mean = all_reduce_sum_with_gradient(value.sum(reduced)) / count
         centred = value - mean.view(shape)
-        variance = _SumOverRanks.apply(centred.square().sum(reduced)) / count
+        variance = all_reduce_sum_with_gradient(centred.square().sum(reduced)) / count
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -86,7 +85,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """
         if not self.training:
             return super().forward(input)
-        world = _ranks()
+        world = world_size()
         if self.splits % world or len(input) % (self.splits // world):
             raise ValueError(
                 f"{self.splits} batch-norm groups cannot be dealt to {world} ranks with {len(input)} items each"
@@ -115,10 +114,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def _move_statistics(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        moved = torch.stack([mean.mean(0), variance.mean(0)])
-        if _ranks() > 1:
-            dist.all_reduce(moved)
-            moved /= _ranks()
+        moved = all_reduce_mean(torch.stack([mean.mean(0), variance.mean(0)]))
         self.running_mean.lerp_(moved[0], _rate(self))
         self.running_var.lerp_(moved[1], _rate(self))
 
@@ -128,23 +124,3 @@ def _rate(norm: nn.modules.batchnorm._NormBase) -> float:
     if norm.momentum is None:
         raise ValueError("cumulative averages (momentum=None) are not supported")
     return norm.momentum
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over ranks; the gradient of every rank's addend is the sum of all ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total

@@ -56,7 +56,7 @@ def checkpoint_activations(module: nn.Module) -> int:
         )
     for block in blocks:
         contexts = partial(_contexts, block)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     return len(blocks)
 
 

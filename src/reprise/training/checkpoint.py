@@ -161,6 +161,11 @@ def current_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's own list, which Lightning's types do not know."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def require_file(path: Path, what: str) -> None:
     """Raise a clear error where a file that the user named does not exist."""
     if not path.is_file():

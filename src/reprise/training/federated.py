@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from reprise.distributed import all_reduce_sum
 from reprise.errors import ConfigError
-from reprise.training.distributed import all_reduce_sum
 
 Context = dict[str, Tensor]  # what an algorithm tells one client: vectors [P]
 Notes = dict[str, Tensor]  # what an algorithm knows of each item: first dimension = items

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reprise.errors import DivergedError
-from reprise.training.checkpoint import ExactCheckpoint, current_step
+from reprise.training.checkpoint import ExactCheckpoint, callbacks_of, current_step
 from reprise.training.recording import Reseed
 
 ONE_BY_ONE = "callbacks.divergence.check_every=1"
@@ -118,7 +118,7 @@ def first_bad_output(trainer: Trainer, module: LightningModule, batch: Any) -> s
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules() if name]
     try:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, Reseed):
                 callback.reseed(trainer)
         module.training_step(batch, current_step(trainer))
@@ -168,7 +168,7 @@ def _batch_of(trainer: Trainer, step: int) -> str:
 
 
 def _last_checkpoint(trainer: Trainer) -> str:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ExactCheckpoint):
             files = sorted(callback.folder.glob("step=*.ckpt"))
             return str(files[-1]) if files else f"{callback.folder} (no checkpoint was due before the failure)"

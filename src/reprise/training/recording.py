@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +20,29 @@ from reprise.training.module import PaperModule
 from reprise.training.runfolder import MetricsFile, RunFolder, write_json
 
 
-class RunLogger(Logger):
-    """Writes what modules log to `metrics.csv` of the run folder; step n is the state after n training steps."""
+class CurveLogger(Logger):
+    """Keeps the curves that modules log, on rank 0; step n is the state after n training steps."""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the whole configuration is kept when the run begins."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        kept = {name: value for name, value in metrics.items() if name != "epoch" and not name.startswith("test/")}
+        if kept:
+            self.write((step or 0) + 1, kept)
+
+    @abstractmethod
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep the values of a step; those of the test are not among them."""
+
+
+class RunLogger(CurveLogger):
+    """Writes to `metrics.csv` of the run folder."""
 
     def __init__(self, metrics: MetricsFile) -> None:
         super().__init__()
@@ -30,18 +52,8 @@ class RunLogger(Logger):
     def name(self) -> str:
         return "run"
 
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds the whole configuration."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        kept = {name: value for name, value in metrics.items() if name != "epoch" and not name.startswith("test/")}
-        if kept:
-            self.metrics.append((step or 0) + 1, kept)
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics.append(step, values)
 
 
 class Reseed(Callback):

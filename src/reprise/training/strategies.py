@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
 COMPRESSIONS = ("fp16", "bf16")
-SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD")
+Sharding = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 
 def ddp(
@@ -160,7 +161,7 @@ def _whole_tensors(root: FullyShardedDataParallel) -> AbstractContextManager[Any
 
 
 def fsdp(
-    process_group_backend: str | None = None, *, sharding_strategy: str = "FULL_SHARD", cpu_offload: bool = False
+    process_group_backend: str | None = None, *, sharding_strategy: Sharding = "FULL_SHARD", cpu_offload: bool = False
 ) -> ShardedStrategy:
     """Every device keeps a part of the model (`ShardedStrategy`).
 

@@ -10,15 +10,14 @@ import netrc
 import os
 import re
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from reprise.training.recording import CurveLogger
 from reprise.training.runfolder import RunFolder
 
 INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0
@@ -50,7 +49,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
     return value
 
 
-class WandbMirror(Logger):
+class WandbMirror(CurveLogger):
     """One W&B run a training run; it begins with the first value, and the same run goes on after a resume.
 
     Args:
@@ -92,19 +91,10 @@ class WandbMirror(Logger):
     def name(self) -> str:
         return "wandb"
 
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config is set when it begins."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        kept = {name: value for name, value in metrics.items() if name != "epoch" and not name.startswith("test/")}
-        if kept and not self._is_closed:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._is_closed:
             with self._sparing_the_run():
-                self._started().log({**kept, "step": (step or 0) + 1})
+                self._started().log({**values, "step": step})
 
     @rank_zero_only
     def close(self, metrics: Mapping[str, float] | None) -> None:
@@ -146,7 +136,7 @@ class WandbMirror(Logger):
         """An error of W&B is told once and ends the mirror; training goes on."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # a mirror is never a reason to stop, whatever W&B raises
             if not self._is_closed:
                 tell(f"the mirror stops here ({type(error).__name__}: {error}); the run folder has everything")
             self._is_closed = True
@@ -165,12 +155,12 @@ def start(**options: Any) -> Any:
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=False,
     )
-    mode = "offline" if not has_key() else os.environ.get("WANDB_MODE", "online")
+    mode: Any = "offline" if not has_key() else os.environ.get("WANDB_MODE", "online")
     if mode == "offline":
         tell("this run is kept offline (no key, or WANDB_MODE=offline); `wandb sync` uploads it later")
         return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
     try:
-        return wandb.init(mode=mode, reinit="create_new", settings=settings, **options)  # type: ignore[arg-type]
+        return wandb.init(mode=mode, reinit="create_new", settings=settings, **options)
     except wandb.Error as error:
         tell(f"the server cannot be used ({error}), so this run is kept offline; `wandb sync` uploads it later")
         return wandb.init(mode="offline", reinit="create_new", settings=settings, **options)
@@ -209,7 +199,7 @@ def mirror_verdict(
         facts = {"verdict": verdict["verdict"], "reason": verdict["reason"], "difference": primary["mean"]}
         run.summary.update({**facts, "ci_low": low, "ci_high": high, "p": primary["p"], "seeds": primary["n"]})
         run.finish()
-    except Exception as error:
+    except Exception as error:  # as for runs: the verdict stands without W&B
         tell(f"the verdict is not mirrored ({type(error).__name__}: {error}); it stands in {folder / 'verdict.json'}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -18,13 +20,43 @@ from reprise.training.torchscript import is_torchscript, read_torchscript
 if TYPE_CHECKING:
     import numpy as np
 
-READABLE = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".safetensors")
+READABLE = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".npz", ".safetensors")
+STATE_KEYS = ("model", "state_dict", "params")  # where training scripts keep the state; a paper's weights.py may add
+DDP = "module."
+REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")  # in torch.load's message
+
+# What training scripts save beside the weights: their arguments, and NumPy numbers among the optimizer's settings.
+BESIDE_WEIGHTS = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",  # NumPy 1
+    "numpy._core.multiarray.scalar",  # NumPy 2
+)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official file by their own names: `.pth`/`.pt` (tensors, TorchScript), `.npz`, `.safetensors`.
+class Unread:
+    """Stands in a checkpoint for an object that lies beside the weights: it takes everything and keeps nothing.
 
-    A dictionary under `model`, `state_dict` or `params` is opened.
+    So neither argparse nor NumPy ever gets the file's bytes to rebuild an object from.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *_: object) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def read_weights(path: Path, state_keys: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The tensors of an official file by their own names: PyTorch (`.pth`, `.pt`, TorchScript), `.npz`, `.safetensors`.
+
+    A whole checkpoint is opened at the first of `state_keys` and `STATE_KEYS` that it has; what lies beside (optimizer,
+    epoch, arguments) is left out, and so is the prefix of DistributedDataParallel.
+
+    Args:
+        state_keys: where a paper's checkpoints keep their state, the most wanted first.
 
     Raises:
         CheckpointError: no such file, another format, or content that is not plain tensors.
@@ -32,18 +64,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError("the weights file does not exist", looked_at=path.resolve(), next_step="check src=")
     try:
-        return _read(path)
+        return _read(path, state_keys)
     except CheckpointError:
         raise
     except Exception as error:  # each format has its own ways to fail on a damaged file
         raise CheckpointError(
-            f"the weights file cannot be read as plain tensors: {str(error).splitlines()[0]}",
+            f"the weights file cannot be read as plain tensors: {_reason(error)}",
             looked_at=path.resolve(),
             next_step="download it again; files that need code to be loaded are refused",
         ) from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, state_keys: Sequence[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -53,19 +85,49 @@ def _read(path: Path) -> dict[str, Tensor]:
 
         with np.load(path, allow_pickle=False) as arrays:
             return {name: tensor_of(np.asarray(arrays[name])) for name in arrays.files}
-    if path.suffix not in READABLE:
+    if not path.name.endswith(READABLE):
         raise CheckpointError(
             f"unknown kind of weights file {path.suffix!r}", looked_at=path, next_step=f"use {READABLE}"
         )
     if is_torchscript(path):
         return read_torchscript(path)
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict", "params"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError("the file holds no state dict of tensors", looked_at=path)
-    return content
+    with torch.serialization.safe_globals([(Unread, name) for name in BESIDE_WEIGHTS]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return _state_in(content, (*state_keys, *STATE_KEYS), path)
+
+
+def _state_in(content: object, state_keys: Sequence[str], path: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, under the names that the network has outside DistributedDataParallel."""
+    state = content
+    for key in state_keys:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(_is_entry(name, value) for name, value in state.items()):
+        raise CheckpointError(
+            f"the file holds no state dict of tensors, but {_described(state)}",
+            looked_at=f"{path.resolve()}: its top and {', '.join(state_keys)}",
+            next_step="check that the file belongs to this paper",
+        )
+    wrapped = all(name.startswith(DDP) for name in state)
+    return {name.removeprefix(DDP) if wrapped else name: value for name, value in state.items()}
+
+
+def _is_entry(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _described(content: object) -> str:
+    if isinstance(content, dict):
+        return f"a dictionary with the keys {', '.join(str(key) for key in list(content)[:8])}"
+    return f"one {type(content).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with the file, without torch.load's advice to trust it (the error that it wraps has none)."""
+    inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+    text = str(inner or error) or type(error).__name__
+    refused = REFUSED_GLOBAL.search(text)
+    return f"it asks for {refused[1]}, which is refused" if refused else text.splitlines()[0]
 
 
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
@@ -78,6 +140,9 @@ def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
 def import_weights_file(overrides: Sequence[str], source: Path, target: Path) -> int:
     """Map an official file to the model of a recipe and write it as safetensors; returns the number of tensors.
 
+    The paper's `weights.py` maps the names (`import_weights`) and may say where its checkpoints keep the state
+    (`STATE_KEYS`, the most wanted first).
+
     Raises:
         CheckpointError: the file cannot be read, or keys are left over on either side.
         ConfigError: the paper has no weights to import.
@@ -87,12 +152,18 @@ def import_weights_file(overrides: Sequence[str], source: Path, target: Path) ->
     slug, _ = configuration.experiment_of(overrides)
     if not discovery.has_module(slug, "weights"):
         raise ConfigError(f"the paper {slug} has no official weights", looked_at=discovery.paper_dir(slug))
-    state = read_weights(source)
+    official = discovery.module(slug, "weights")
+    state = read_weights(source, getattr(official, "STATE_KEYS", ()))
     cfg = configuration.compose(overrides)
     with torch.device("meta"):
         model = instantiate(cfg.paper.model, path="paper.model")
-    mapped = discovery.module(slug, "weights").import_weights(state, model)
+    mapped = official.import_weights(state, model)
     model.load_state_dict(mapped, strict=True, assign=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in mapped.items()}, target, metadata={"paper": slug})
+    save_file(_apart(mapped), target, metadata={"paper": slug})
     return len(mapped)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own, as safetensors wants it: layers that share one have it under each name."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

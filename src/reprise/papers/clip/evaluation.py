@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reprise.training.distributed import gather, world_size
+from reprise.distributed import gather, world_size
 from reprise.training.probes import Features, linear_probe
 
 

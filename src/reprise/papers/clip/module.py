@@ -65,17 +65,11 @@ class CLIPModule(PaperModule):
         """The data module, typed.
 
         Raises:
-            ConfigError: the data has no captions, or another vocabulary than the model.
+            ConfigError: the data has no captions.
         """
         data = self.data
         if not isinstance(data, Captioned):
             raise ConfigError(f"{type(data).__name__} has no captions", looked_at="data", next_step="data=noto_emoji")
-        if data.tokenizer.vocab_size != self.model.text.vocab_size:
-            raise ConfigError(
-                f"the data has {data.tokenizer.vocab_size} tokens, the model {self.model.text.vocab_size}",
-                looked_at="data.merges and paper.model.vocab_size",
-                next_step="vocab_size is merges + 514",
-            )
         return data
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -88,8 +82,18 @@ class CLIPModule(PaperModule):
         return [group for group in groups if group["params"]]
 
     def setup(self, stage: str) -> None:
-        """Check the vocabulary and load pre-trained weights; a checkpoint of an interrupted run is restored later."""
-        self.captions  # noqa: B018
+        """Check the vocabulary and load pre-trained weights; a checkpoint of an interrupted run is restored later.
+
+        Raises:
+            ConfigError: the data has another vocabulary than the model, or no captions.
+        """
+        found, expected = self.captions.tokenizer.vocab_size, self.model.text.vocab_size
+        if found != expected:
+            raise ConfigError(
+                f"the data has {found} tokens, the model {expected}",
+                looked_at="data.merges and paper.model.vocab_size",
+                next_step="vocab_size is merges + 514",
+            )
         if self.pretrained is not None:
             self.model.load_state_dict(import_weights(read_weights(_find(self.pretrained)), self.model))
 

@@ -11,6 +11,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from reprise.distributed import gather, gather_with_gradient, rank
 from reprise.papers.clip.criterion import (
     DIRECTIONS,
     bag_of_words_loss,
@@ -21,7 +22,6 @@ from reprise.papers.clip.criterion import (
 )
 from reprise.papers.clip.model import CLIP
 from reprise.papers.clip.transformer import unit
-from reprise.training.distributed import gather, gather_with_gradient, rank
 
 POSITIVES = ("partner", "same_caption")
 SCORE_ROWS = 4096  # sequences that captioning scores at once

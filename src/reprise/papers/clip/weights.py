@@ -24,7 +24,8 @@ def import_weights(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tens
     """The official state as a state dict of `model`, in float32, checked key by key.
 
     Args:
-        state: a state dict under the official names; half precision is widened, the three scalars are dropped.
+        state: a state dict under the official names; half precision is widened, the three scalars are dropped, and
+            batch norm's counters (unused here) start at zero.
         model: a `CLIP` of the same sizes (`sizes_of` tells them).
 
     Raises:
@@ -34,7 +35,8 @@ def import_weights(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tens
     own = model.state_dict()
     weights = {key: value for key, value in own.items() if not _is_counter(key)}
     fitted = fitting_state(given, weights, looked_at="the CLIP checkpoint", next_step=_hint(state))
-    return {key: fitted[key].to(value.dtype) if key in fitted else value for key, value in own.items()}
+    counters = {key: value.new_zeros(value.shape, device="cpu") for key, value in own.items() if _is_counter(key)}
+    return {key: value.to(own[key].dtype) for key, value in fitted.items()} | counters
 
 
 def _is_counter(key: str) -> bool:

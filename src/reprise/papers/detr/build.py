@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from reprise.nn.backbone import ConvStem, ResNetBackbone
+from reprise.nn.backbone import build_backbone
 from reprise.papers.detr.model import DETR
 from reprise.papers.detr.segmentation import DETRSegmentation
 from reprise.papers.detr.transformer import QueryPositions, SpatialPositions, Transformer
@@ -45,13 +45,9 @@ def build_detector(
     Raises:
         ValueError: an option that does not exist, or masks on a backbone without stages at strides 4, 8, 16, 32.
     """
-    if backbone == "conv_stem" and (dilation or masks):
-        raise ValueError("the conv_stem backbone has neither dilation nor the four stages that masks need")
-    features: ResNetBackbone | ConvStem = (
-        ConvStem(stem_widths)
-        if backbone == "conv_stem"
-        else ResNetBackbone(backbone, dilation=dilation, train_backbone=train_backbone)
-    )
+    if backbone == "conv_stem" and masks:
+        raise ValueError("the conv_stem backbone lacks the four stages that masks need")
+    features = build_backbone(backbone, dilation=dilation, train_backbone=train_backbone, stem_widths=stem_widths)
     transformer = Transformer(
         dim,
         num_heads=num_heads,

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from reprise.distributed import all_reduce_sum, world_size
 from reprise.errors import ConfigError
 from reprise.nn.matching import Matches, PaddedTargets, Target, match, matching_cost, pad_targets
 from reprise.nn.set_loss import SetLoss, box_sums, cardinality_error, class_error, class_targets, named_by_layer
-from reprise.training.distributed import all_reduce_sum, world_size
 
 
 def classification_sums(logits: Tensor, target: Tensor, class_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ class SetCriterion(nn.Module):
         ce_sum, weight_sum = classification_sums(logits, target, self.class_weight)
         l1_sum, giou_sum = box_sums(boxes, padded, matches)
         if whole is None:
-            pairs = matches.per_layer if self.claims else (sum(padded.counts),) * len(weight_sum)
+            pairs: Sequence[float] = matches.per_layer if self.claims else (sum(padded.counts),) * len(weight_sum)
         else:
             weight_sum, pairs = self._expected_sums(whole, len(targets) / len(whole), weight_sum, logits.shape[2])
         ce_divisor, pair_divisor = self._divisors(weight_sum, pairs)

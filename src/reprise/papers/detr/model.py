@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reprise.nn.backbone import ConvStem, ResNetBackbone
+from reprise.nn.backbone import Backbone
 from reprise.nn.mlp import MLP
 from reprise.nn.position import LearnedPosition2d, SinePosition2d, downsample_mask
 from reprise.papers.detr.transformer import Transformer
@@ -56,7 +56,7 @@ class DETR(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNetBackbone | ConvStem,
+        backbone: Backbone,
         transformer: Transformer,
         *,
         num_classes: int,

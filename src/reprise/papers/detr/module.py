@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reprise.data.loader import Batch
-from reprise.nn.backbone import ResNetBackbone
+from reprise.nn.backbone import load_imagenet
 from reprise.nn.detection import (
     AveragePrecision,
     Detection,
@@ -93,9 +93,8 @@ class DetrModule(PaperModule):
 
     def setup(self, stage: str) -> None:
         """Load the pretrained backbone before training; a checkpoint that is restored later overrides it."""
-        backbone = self.detector.backbone[0]
-        if stage == "fit" and self.backbone_weights is not None and isinstance(backbone, ResNetBackbone):
-            backbone.load_imagenet(self.backbone_weights)
+        if stage == "fit" and self.backbone_weights is not None:
+            load_imagenet(self.detector.backbone[0], self.backbone_weights)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.lr_backbone)

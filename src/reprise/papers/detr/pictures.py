@@ -23,7 +23,7 @@ SHOWN_IMAGES, SHOWN_QUERIES, MOST_CENTRES, SURE = 8, 4, 2000, 0.5
 
 def pictures(module: DetrModule) -> Iterator[Picture]:
     """All figures, from the first test batch."""
-    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    data = module.data
     batch = module.transfer_batch_to_device(next(iter(data.test_dataloader())), module.device, 0)
     detector, classes = module.detector, data.spec.classes
     image, mask, targets = batch["image"], batch["mask"], batch["targets"]

@@ -1,4 +1,4 @@
-"""Official DETR checkpoints (.pth: a dict with `model`); our parameter names are the official ones."""
+"""Official DETR checkpoints (their state lies under `model`); our parameter names are the official ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ def import_weights(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tens
     """The official state as a state dict of `model`, checked key by key.
 
     Args:
-        state: a whole official checkpoint (with `model`) or its state dict; panoptic ones carry the prefix `detr.`.
+        state: of an official checkpoint; panoptic ones carry the prefix `detr.`.
         model: a `DETR` or a `DETRSegmentation`.
 
     Raises:
         CheckpointError: for keys left over on either side, or shapes that differ.
     """
-    source = dict(state["model"]) if "model" in state else dict(state)
-    source = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
+    source = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     own = model.state_dict()
     return fitting_state(source, own, looked_at="the DETR checkpoint", next_step=_hint(source, own))
 

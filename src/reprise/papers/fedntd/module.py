@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from reprise.data.federated import Federated
 from reprise.data.loader import Batch, EvalLoader
+from reprise.distributed import all_reduce_sum
 from reprise.errors import ConfigError
 from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
 from reprise.papers.fedntd.measures import class_hits, forgetting, in_and_out_local
 from reprise.papers.fedntd.model import FedAvgNet
-from reprise.training.distributed import all_reduce_sum
 from reprise.training.federated import (
     ClientTraining,
     FlatModel,
@@ -151,13 +151,20 @@ class FederatedClassifier(PaperModule):
         )
         self._measure_locals(batch, results)
         self._accept(self.algorithm.aggregate(self.state, finished), finished.mean_buffers())
-        self.optimizers().step()  # type: ignore[union-attr]  # moves nothing (no gradients): counts the round
-        if (schedule := self.lr_schedulers()) is not None:
-            schedule.step()  # type: ignore[union-attr]  # one schedule, of a kind that needs no metric
+        self._count_round()
         steps = batch["steps"].sum().clamp(min=1)
         loss = all_reduce_sum(sum((r.losses.sum() for r in results), start=received.new_zeros(()))) / steps
         self.log("train/loss", loss, batch_size=1)
         return loss
+
+    def _count_round(self) -> None:
+        """One step of the optimizer, which moves nothing (there are no gradients), and of its schedule."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list)
+        assert not isinstance(schedule, list)
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
 
     def _train_clients(self, batch: Batch, received: Tensor, sgd: LocalSGD) -> list[LocalResult]:
         contexts = [self.algorithm.context(self.state, batch["clients"], client["slot"]) for client in batch["local"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -57,6 +58,6 @@ def accuracy_history(history: Tensor) -> Picture:
     return Picture("accuracy_history", figure, caption)
 
 
-def _name_classes(axes: object, classes: Sequence[str]) -> None:
+def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
     if len(classes) <= 20:
-        axes.set_yticks(range(len(classes)), classes)  # type: ignore[attr-defined]
+        axes.set_yticks(range(len(classes)), classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from reprise.nn.backbone import ConvStem, ResNetBackbone
+from reprise.nn.backbone import build_backbone
 from reprise.papers.incremental_detr.model import DeformableDETR
 from reprise.papers.incremental_detr.transformer import DeformableTransformer
 
@@ -47,13 +47,7 @@ def build_detector(
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; choose one of {', '.join(STAGES)}")
-    if backbone == "conv_stem" and dilation:
-        raise ValueError("the conv_stem backbone has no dilation")
-    features: ResNetBackbone | ConvStem = (
-        ConvStem(stem_widths)
-        if backbone == "conv_stem"
-        else ResNetBackbone(backbone, dilation=dilation, train_backbone=train_backbone)
-    )
+    features = build_backbone(backbone, dilation=dilation, train_backbone=train_backbone, stem_widths=stem_widths)
     transformer = DeformableTransformer(
         dim,
         num_heads=num_heads,

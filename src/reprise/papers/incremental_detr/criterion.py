@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from reprise.distributed import all_reduce_sum, world_size
 from reprise.nn.matching import Matches, PaddedTargets, Target, match, matching_cost, pad_targets
 from reprise.nn.set_loss import SetLoss, box_sums, cardinality_error, class_error, class_targets, named_by_layer
 from reprise.papers.incremental_detr.distillation import (
@@ -27,7 +28,6 @@ from reprise.papers.incremental_detr.distillation import (
     released_feature_distillation,
 )
 from reprise.papers.incremental_detr.model import DetectorOutput
-from reprise.training.distributed import all_reduce_sum, world_size
 
 COST_ALPHA, COST_GAMMA, TINY = 0.25, 2.0, 1e-8  # of the matching, whatever the loss uses
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reprise.nn.backbone import ConvStem, ResNetBackbone
+from reprise.nn.backbone import Backbone
 from reprise.nn.mlp import MLP
 from reprise.nn.position import SinePosition2d, downsample_mask
 from reprise.papers.incremental_detr.transformer import DeformableTransformer, TransformerOutput, refine
@@ -75,7 +75,7 @@ class DeformableDETR(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNetBackbone | ConvStem,
+        backbone: Backbone,
         transformer: DeformableTransformer,
         *,
         num_classes: int,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from reprise.data.incremental import IncrementalDetection
 from reprise.data.loader import Batch
 from reprise.errors import ConfigError
+from reprise.nn.backbone import load_imagenet
 from reprise.nn.detection import (
     AveragePrecision,
     Detection,
@@ -146,9 +147,8 @@ class IncrementalDetrModule(PaperModule):
 
     def setup(self, stage: str) -> None:
         """Load the pretrained backbone before base training; a checkpoint that is restored later overrides it."""
-        backbone = self.model.backbone[0]
         if stage == "fit" and self.stage == "base" and self.backbone_weights is not None:
-            backbone.load_imagenet(self.backbone_weights)  # type: ignore[operator]
+            load_imagenet(self.model.backbone[0], self.backbone_weights)
 
     def train(self, mode: bool = True) -> IncrementalDetrModule:
         """Training mode for all but the teacher, whose dropout stays off (not so in the released code)."""

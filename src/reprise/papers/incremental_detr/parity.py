@@ -30,10 +30,11 @@ from reprise.papers.incremental_detr.distillation import (
 )
 from reprise.papers.incremental_detr.model import DeformableDETR
 from reprise.papers.incremental_detr.official import criterion_of, detector_of
-from reprise.papers.incremental_detr.weights import import_weights
+from reprise.papers.incremental_detr.weights import Branch, import_weights
 
 Tensors = dict[str, Tensor]
 Targets = list[dict[str, Tensor]]
+BRANCHES: tuple[Branch, Branch] = ("novel", "base")  # of a stage-2 file
 
 
 def deformable_core(case: GoldenCase) -> Tensors:
@@ -292,9 +293,9 @@ def train_steps(case: GoldenCase) -> Tensors:
 
 def weight_transfer(case: GoldenCase) -> Tensors:
     outputs: Tensors = {}
-    for branch, suffix in (("novel", ""), ("base", "_base")):
+    for branch, suffix in zip(BRANCHES, ("", "_base"), strict=True):
         detector = detector_of(case.config, case.config["num_classes"])
-        detector.load_state_dict(import_weights(case.weights, detector, branch))  # type: ignore[arg-type]
+        detector.load_state_dict(import_weights(case.weights, detector, branch))
         with torch.no_grad():
             output = detector.eval()(*pad_images(_images(case)))
         outputs |= {f"logits{suffix}": output.logits[-1], f"boxes{suffix}": output.boxes[-1]}
@@ -305,8 +306,8 @@ def weight_transfer(case: GoldenCase) -> Tensors:
 def _two_branches(case: GoldenCase) -> tuple[DeformableDETR, DeformableDETR]:
     """Novel model and teacher of a stage-2 case; the teacher in evaluation mode."""
     built = [detector_of(case.config, case.config["num_classes"]) for _ in range(2)]
-    for detector, branch in zip(built, ("novel", "base"), strict=True):
-        detector.load_state_dict(import_weights(case.weights, detector, branch))  # type: ignore[arg-type]
+    for detector, branch in zip(built, BRANCHES, strict=True):
+        detector.load_state_dict(import_weights(case.weights, detector, branch))
     return built[0], built[1].eval()
 
 

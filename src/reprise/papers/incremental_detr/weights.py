@@ -1,4 +1,4 @@
-"""Official checkpoints (.pth: a dict with `model`) of all stages; our parameter names are the official ones.
+"""Official checkpoints of all stages (their state lies under `model`); our parameter names are the official ones.
 
 Stage 1a and 1b store one network; 1b's class head has one more row, for pseudo objects. Stage 2 stores two: the novel
 model under the usual names, and its frozen teacher with `_base` after the first part of the key.
@@ -21,7 +21,7 @@ def import_weights(state: Mapping[str, Any], model: nn.Module, branch: Branch = 
     """The official state as a state dict of `model`, checked key by key.
 
     Args:
-        state: a whole official checkpoint (with `model`) or its state dict, of any stage.
+        state: of an official checkpoint of any stage.
         model: a `DeformableDETR`; where its class head has one row fewer than the file's, the row of the pseudo
             objects is left out (stage 1b to stage 2).
         branch: which network of a stage-2 file; a stage-1 file gives both the same.
@@ -29,16 +29,14 @@ def import_weights(state: Mapping[str, Any], model: nn.Module, branch: Branch = 
     Raises:
         CheckpointError: for keys left over on either side, or shapes that differ.
     """
-    source = dict(state["model"]) if "model" in state else dict(state)
-    source = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
+    source = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     own = model.state_dict()
-    fitted = fitting_state(
+    return fitting_state(
         without_pseudo_class(one_branch(source, branch), own),
         own,
         looked_at="the Incremental-DETR checkpoint",
         next_step="choose the backbone, the numbers of layers and levels and paper.model.box_refinement accordingly",
     )
-    return {key: value.clone() for key, value in fitted.items()}  # heads that layers share are stored under each name
 
 
 def one_branch(source: Mapping[str, Tensor], branch: Branch) -> dict[str, Tensor]:

@@ -45,11 +45,10 @@ class ResNet(ResNetBody):
         super().__init__(block, layers, width=width, norm=norm)
         if stem not in ("imagenet", "cifar", "cifar_stride"):
             raise ValueError(f"unknown stem {stem!r}; one of imagenet, cifar, cifar_stride")
-        self.pool: nn.Module = self.maxpool
         if stem != "imagenet":
             self.conv1 = nn.Conv2d(3, width, 3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.pool = nn.Identity()
+            self.maxpool = nn.Identity()
         self.width = self.channels[-1]
         self.head: nn.Module = nn.Identity()
         if zero_init_residual:
@@ -60,12 +59,9 @@ class ResNet(ResNetBody):
 
     def features(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] to averaged features of the last stage, [B, width]."""
-        hidden = self.pool(self.relu(self.bn1(self.conv1(image))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            hidden = stage(hidden)
-        return hidden.mean((-2, -1))
+        return self.stages(image)[-1].mean((-2, -1))
 
-    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]  # an embedding, not the stages
+    def forward(self, image: Tensor) -> Tensor:
         return self.head(self.features(image))
 
     @property

@@ -1,6 +1,6 @@
 """The two frameworks: `MoCo` with a queue (v1, v2) and `MoCoV3` with the batch's own keys.
 
-Both take their part of a global batch; what crosses processes goes through `reprise.training.distributed`.
+Both take their part of a global batch; what crosses processes goes through `reprise.distributed`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reprise import distributed
 from reprise.nn.batch_norm import SyncBatchNorm
 from reprise.nn.ema import momentum_copy, update_momentum
 from reprise.nn.queue import KeyQueue
 from reprise.papers.moco.criterion import in_batch_contrast, in_batch_logits, info_nce, info_nce_logits
 from reprise.papers.moco.encoders import Encoder, ResNet
-from reprise.training import distributed
 from reprise.training.schedules import cosine_value
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from reprise import distributed
 from reprise.data.loader import Batch, Source
 from reprise.papers.moco.model import Contrast, Framework, MoCo
 from reprise.papers.moco.weights import import_backbone
 from reprise.seeding import generator
-from reprise.training import distributed
 from reprise.training.checkpoint import require_file
 from reprise.training.module import OptimizerFactory, PaperModule, Picture, ScheduleFactory
 from reprise.training.probes import Features, extract, knn_scores, linear_probe

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from reprise.distributed import all_reduce_mean, gather, rank, world_size
 from reprise.errors import ConfigError
 from reprise.papers.smkd import criterion
 from reprise.papers.smkd.criterion import MATCHES, Pairs, PatchTokens
 from reprise.papers.smkd.model import Projected
-from reprise.training.distributed import all_reduce_mean, gather, rank, world_size
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Shapes: B images, N patches, D width, K prototypes, H heads.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention, DropPath
@@ -71,11 +71,10 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, width))
         self.masked_embed = nn.Parameter(torch.zeros(1, width))
-        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        norm: Any = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)  # timm asks for a class
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]
-            for rate in rates
+            Block(width, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates
         )
         self.norm = norm(width)
         self.apply(partial(_init_dense, std=init_std))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reprise.data.loader import Batch
+from reprise.distributed import gather, world_size
 from reprise.errors import CheckpointError, ConfigError
 from reprise.papers.smkd import criterion
 from reprise.papers.smkd.distillation import Distillation, Objective, Temperatures, Views
@@ -16,7 +17,6 @@ from reprise.papers.smkd.evaluation import FewShotProtocol
 from reprise.papers.smkd.model import DistillationNetwork, VisionTransformer, follow, make_teacher
 from reprise.papers.smkd.steps import prepare_gradients, view_outputs
 from reprise.training.checkpoint import current_step
-from reprise.training.distributed import gather, world_size
 from reprise.training.module import OptimizerFactory, PaperModule, Picture, ScheduleFactory
 from reprise.training.scheduled import decay_groups, set_weight_decay
 from reprise.training.schedules import cosine_value

@@ -1,4 +1,4 @@
-"""Official checkpoints (HL-hanlin/SMKD, iBOT): `student` (keys under `module.`) and `teacher`; our names are theirs."""
+"""Official checkpoints (HL-hanlin/SMKD, iBOT): the `teacher` of two networks is imported; our names are theirs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from reprise.nn.state import fitting_state
 from reprise.papers.smkd.model import VisionTransformer
 
-PART = "teacher"  # what the released evaluation reads
+STATE_KEYS = ("teacher", "student")  # the released evaluation reads the teacher
 NEXT_STEP = "choose the sizes, the patch and the kind of head (paper.model) that the checkpoint was trained with"
 
 
@@ -18,14 +18,14 @@ def import_weights(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tens
     """The official state as a state dict of `model`.
 
     Args:
-        state: a whole checkpoint (its `teacher` is taken, else its `student`), the state dict of one of them, or that
-            of a bare backbone. A teacher has no mask embedding: it becomes zero.
+        state: of a teacher, a student or a bare backbone; of two networks under `teacher.` and `student.` the first is
+            taken. A teacher has no mask embedding (it never masks): it becomes zero.
         model: a `DistillationNetwork` or a `VisionTransformer`.
 
     Raises:
         CheckpointError: for keys left over on either side, or shapes that differ.
     """
-    source = {key.removeprefix("module."): value for key, value in _part(state).items()}
+    source = dict(_part(state))
     if isinstance(model, VisionTransformer):
         source = {key.removeprefix("backbone."): value for key, value in source.items() if not key.startswith("head.")}
     own = model.state_dict()
@@ -37,10 +37,7 @@ def import_weights(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tens
 
 
 def _part(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in (PART, "student"):
-        if isinstance(state.get(name), Mapping):
-            return state[name]
-    for name in (PART, "student"):
+    for name in STATE_KEYS:
         found = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if found:
             return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reprise.data.loader import Batch
 from reprise.data.text import SequencePairs
+from reprise.distributed import all_reduce_sum, world_size
 from reprise.papers.transformer.criterion import label_smoothed_loss
 from reprise.papers.transformer.model import PAD, Transformer
 from reprise.papers.transformer.networks import Network
@@ -18,7 +19,6 @@ from reprise.papers.transformer.scores import CorpusBleu, TokenScores, prefixed
 from reprise.training.averaging import CheckpointAverage
 from reprise.training.beam import beam_search
 from reprise.training.checkpoint import current_step
-from reprise.training.distributed import all_reduce_sum, world_size
 from reprise.training.module import OptimizerFactory, PaperModule, Picture, ScheduleFactory
 
 EXAMPLE_LENGTH = 25  # tokens of a sentence in `reprise plan`: 25,000 a batch of 1,000 (section 5.1)

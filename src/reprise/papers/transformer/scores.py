@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from reprise.distributed import all_reduce_sum
 from reprise.papers.transformer.criterion import PAD, token_log_probs
-from reprise.training.distributed import all_reduce_sum
 
 ORDERS = 4  # BLEU counts n-grams up to this length
 

@@ -36,6 +36,11 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     return all_reduce_sum(value).div_(world_size())
 
 
+def all_reduce_sum_with_gradient(value: Tensor) -> Tensor:
+    """The sum over ranks, differentiable: the gradient of a rank's addend is the sum of all ranks' gradients."""
+    return _AllReduceSum.apply(value) if is_distributed() else value
+
+
 def gather(value: Tensor) -> Tensor:
     """The rows of all ranks in rank order, [B, ...] -> [world * B, ...]; no gradient.
 
@@ -57,6 +62,16 @@ def gather_with_gradient(value: Tensor) -> Tensor:
     global loss: the sum counts it `world` times and the average divides by `world`.
     """
     return _GatherWithGradient.apply(value) if is_distributed() else value
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_reduce_sum(value.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_reduce_sum(gradients[0].clone())
 
 
 class _GatherWithGradient(torch.autograd.Function):

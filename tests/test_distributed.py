@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
-from reprise.training.distributed import all_reduce_mean, gather, gather_with_gradient, rank, world_size
+from reprise.distributed import all_reduce_mean, gather, gather_with_gradient, rank, world_size
 
 WORLD, ROWS = 2, 3
 
