@@ -92,10 +92,11 @@ class GradientNorms(Callback):
         if sharded and not trainer.is_global_zero:  # each rank holds a part of every tensor, and scalars as a whole
             groups = [[parameter for parameter in group if parameter.dim()] for group in groups]
         squares = squared_norms(groups)
+        if sharded:
+            own = torch.zeros(len(groups), device=pl_module.device) if squares is None else squares
+            squares = trainer.strategy.reduce(own, reduce_op="sum")
         if squares is None:
             return
-        if sharded:
-            squares = trainer.strategy.reduce(squares, reduce_op="sum")
         norms = [*squares.sqrt().tolist(), squares.sum().sqrt().item()]
         names = [*(f"grad_norm/{name}" for name, _ in self._parts), "grad_norm"]
         for name, value in zip(names, norms, strict=True):

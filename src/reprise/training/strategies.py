@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from reprise.distributed import all_reduce_mean
 from reprise.errors import ConfigError
 from reprise.training.blocks import repeated_blocks
-from reprise.training.distributed import all_reduce_mean
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -110,7 +112,19 @@ class ShardedStrategy(FSDPStrategy):
         for module in model.modules():
             if isinstance(module, Metric):
                 module.to(self.root_device)
+        if isinstance(model, LightningModule):
+            model.on_validation_epoch_end = partial(self._gathered, model.on_validation_epoch_end)
         return self._root
+
+    def _gathered(self, work: Callable[[], None]) -> None:
+        """Do `work` as the module's forward pass, for which FSDP gathers what is outside of the blocks."""
+        module = self.sharded_model.module
+        forward = module.forward
+        module.forward = work
+        try:
+            self.sharded_model()
+        finally:
+            module.forward = forward
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The content of a checkpoint of whole tensors, after every rank has taken its part of them."""
