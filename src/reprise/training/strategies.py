@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torchmetrics import Metric
 from reprise.distributed import all_reduce_mean
 from reprise.errors import ConfigError
 from reprise.training.blocks import repeated_blocks
+from reprise.training.module import PaperModule
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -94,6 +94,8 @@ class ShardedStrategy(FSDPStrategy):
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp.wrap import CustomPolicy
 
+        if isinstance(model, PaperModule):
+            model.keep_parameter_groups()
         blocks = {id(block) for block in repeated_blocks(model)}
         scalars = [parameter for parameter in model.parameters() if not parameter.dim()]  # cannot be divided
         for scalar in scalars:
@@ -112,8 +114,8 @@ class ShardedStrategy(FSDPStrategy):
         for module in model.modules():
             if isinstance(module, Metric):
                 module.to(self.root_device)
-        if isinstance(model, LightningModule):
-            model.on_validation_epoch_end = partial(self._gathered, model.on_validation_epoch_end)
+        if isinstance(model, PaperModule):
+            vars(model)["on_validation_epoch_end"] = partial(self._gathered, model.on_validation_epoch_end)
         return self._root
 
     def _gathered(self, work: Callable[[], None]) -> None:
