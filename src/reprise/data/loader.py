@@ -149,19 +149,30 @@ class StepLoader:
 
 @dataclass
 class EvalLoader:
-    """Every item once, in order; rank r of w gets items r, r+w, ... (so parts may differ in length by one)."""
+    """Every item once, in order; rank r of w gets items r, r+w, ... (so parts may differ in length by one).
+
+    All ranks have equally many batches, as a model that is divided over them (FSDP) needs.
+    """
 
     source: Source
     batch_size: int
     rank: int = 0
     world: int = 1
 
-    def _mine(self) -> Tensor:
-        return torch.arange(self.rank, len(self.source), self.world)
+    def _batches(self) -> list[Tensor]:
+        """The items of each batch of this rank; one more than the last full ones where the first rank has one more."""
+        mine = torch.arange(self.rank, len(self.source), self.world)
+        batches = list(mine.split(self.batch_size))
+        if len(batches) < self._most_batches() and len(batches[-1]) > 1:
+            batches[-1:] = batches[-1].tensor_split(2)
+        return batches
+
+    def _most_batches(self) -> int:
+        return -(-len(range(0, len(self.source), self.world)) // self.batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self._mine()) // self.batch_size)
+        return len(self._batches())
 
     def __iter__(self) -> Iterator[Batch]:
-        for index in self._mine().split(self.batch_size):
+        for index in self._batches():
             yield self.source.fetch(index)

@@ -14,7 +14,7 @@ from reprise.errors import ConfigError
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The trained blocks that a network is a row of: members of lists and sequences of two or more of one class.
+    """The trained blocks that a network is a row of: members of lists and sequences, all of one class.
 
     Residual blocks and Transformer layers are such; single layers (convolutions, linear maps) are not, nor are blocks
     inside of blocks or blocks without trained parameters (momentum encoders, frozen stages).
@@ -33,7 +33,7 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 def _is_row(members: list[nn.Module]) -> bool:
     composed = all(any(True for _ in member.children()) for member in members)
-    return len(members) > 1 and composed and len({type(member) for member in members}) == 1
+    return composed and len({type(member) for member in members}) == 1
 
 
 def checkpoint_activations(module: nn.Module) -> int:

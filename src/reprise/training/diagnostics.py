@@ -80,17 +80,23 @@ class GradientNorms(Callback):
         self.max_parts = max_parts
         self._parts: list[tuple[str, list[nn.Parameter]]] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._parts = list(parameter_parts(pl_module, self.max_parts).items())
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # before the model is sharded: ranks then hold different numbers of a part
+            self._parts = list(parameter_parts(pl_module, self.max_parts).items())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not is_logged(trainer):
             return
-        squares = squared_norms([parameters for _, parameters in self._parts])
+        groups = [parameters for _, parameters in self._parts]
+        sharded = isinstance(trainer.strategy, FSDPStrategy)
+        if sharded and not trainer.is_global_zero:  # each rank holds a part of every tensor, and scalars as a whole
+            groups = [[parameter for parameter in group if parameter.dim()] for group in groups]
+        squares = squared_norms(groups)
+        if sharded:
+            own = torch.zeros(len(groups), device=pl_module.device) if squares is None else squares
+            squares = trainer.strategy.reduce(own, reduce_op="sum")
         if squares is None:
             return
-        if isinstance(trainer.strategy, FSDPStrategy):  # each rank holds a shard
-            squares = trainer.strategy.reduce(squares, reduce_op="sum")
         norms = [*squares.sqrt().tolist(), squares.sum().sqrt().item()]
         names = [*(f"grad_norm/{name}" for name, _ in self._parts), "grad_norm"]
         for name, value in zip(names, norms, strict=True):

@@ -150,7 +150,8 @@ def bad_parameter(module: nn.Module) -> str | None:
 
 
 def _last_bad(names: list[str], tensors: list[Tensor]) -> str | None:
-    if not tensors:
+    names, tensors = [n for n, t in zip(names, tensors, strict=True) if t.numel()], [t for t in tensors if t.numel()]
+    if not tensors:  # of a sharded model a rank may hold nothing
         return None
     norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm(tensors, torch.inf)])
     bad = (~torch.isfinite(norms)).nonzero().flatten().tolist()

@@ -77,6 +77,7 @@ class PaperModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_schedule = schedule
         self.step_log: StepLog | None = None
+        self._groups: list[Any] = []
 
     @property
     def data(self) -> DataModule:
@@ -87,8 +88,12 @@ class PaperModule(LightningModule):
         """What the optimizer gets; override for per-group learning rates or weight decay."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def keep_parameter_groups(self) -> None:
+        """Decide the groups now: sharded parameters have neither their shapes nor all of their entries."""
+        self._groups = list(self.parameter_groups())
+
     def configure_optimizers(self) -> Any:
-        optimizer = _made(self.make_optimizer, self.parameter_groups(), "optimizer")
+        optimizer = _made(self.make_optimizer, self._groups or self.parameter_groups(), "optimizer")
         if isinstance(optimizer, Attachable):
             optimizer.attach(self)
         if self.make_schedule is None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from reprise.distributed import all_reduce_mean
 from reprise.errors import ConfigError
 from reprise.training.blocks import repeated_blocks
+from reprise.training.module import PaperModule
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -91,9 +94,16 @@ class ShardedStrategy(FSDPStrategy):
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp.wrap import CustomPolicy
 
+        if isinstance(model, PaperModule):
+            model.keep_parameter_groups()
         blocks = {id(block) for block in repeated_blocks(model)}
+        scalars = [parameter for parameter in model.parameters() if not parameter.dim()]  # cannot be divided
+        for scalar in scalars:
+            if scalar.requires_grad:
+                scalar.register_post_accumulate_grad_hook(_average_gradient)
         self._root = FullyShardedDataParallel(
             model,
+            ignored_states=scalars,
             auto_wrap_policy=CustomPolicy(lambda module: id(module) in blocks),
             device_id=self.root_device,
             cpu_offload=self.cpu_offload,
@@ -104,7 +114,19 @@ class ShardedStrategy(FSDPStrategy):
         for module in model.modules():
             if isinstance(module, Metric):
                 module.to(self.root_device)
+        if isinstance(model, PaperModule):
+            vars(model)["on_validation_epoch_end"] = partial(self._gathered, model.on_validation_epoch_end)
         return self._root
+
+    def _gathered(self, work: Callable[[], None]) -> None:
+        """Do `work` as the module's forward pass, for which FSDP gathers what is outside of the blocks."""
+        module = self.sharded_model.module
+        forward = module.forward
+        module.forward = work
+        try:
+            self.sharded_model()
+        finally:
+            module.forward = forward
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The content of a checkpoint of whole tensors, after every rank has taken its part of them."""
@@ -130,6 +152,11 @@ class ShardedStrategy(FSDPStrategy):
         """The wrapper of the module at work."""
         assert self._root is not None, "the model is not sharded yet"
         return self._root
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    all_reduce_mean(parameter.grad)
 
 
 def _whole_tensors(root: FullyShardedDataParallel) -> AbstractContextManager[Any]:

@@ -77,7 +77,10 @@ class IncrementalDetrModule(PaperModule):
         as_released: the losses of the released code (see `IncrementalCriterion`), and a teacher with dropout.
     """
 
-    refuses = {"accumulation": "its losses are divided by the objects and pseudo objects found in the whole batch"}
+    refuses = {
+        "accumulation": "its losses are divided by the objects and pseudo objects found in the whole batch",
+        "sharding": "its later stages train a few small parts, of which some ranks would hold nothing",
+    }
 
     def __init__(
         self,
