@@ -41,6 +41,15 @@ def all_reduce_sum_with_gradient(value: Tensor) -> Tensor:
     return _AllReduceSum.apply(value) if is_distributed() else value
 
 
+def union_over_ranks(names: set[str]) -> list[str]:
+    """What any rank names, sorted."""
+    held: list[set[str]] = [names]
+    if is_distributed():
+        held = [set() for _ in range(world_size())]
+        dist.all_gather_object(held, names)
+    return sorted(set().union(*held))
+
+
 def gather(value: Tensor) -> Tensor:
     """The rows of all ranks in rank order, [B, ...] -> [world * B, ...]; no gradient.
 

@@ -28,7 +28,14 @@ from tests.cross.support import PAPERS, RECIPES, References, folder_of, in_every
 from tests.cross.test_ranks import SMOKE, far_gradients, far_metrics, far_state, invariant, uneven
 
 FIRST_LOSS = 0.05  # relative: what bfloat16 may move the first training loss by
-GPU_OPTIONS = ("trainer.accumulate_grad_batches=2", "trainer.activation_checkpointing=true")
+COPIED = (
+    "trainer=ddp",
+    "trainer.gradient_compression=bf16",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.activation_checkpointing=true",
+    "trainer.strategy.static_graph=true",
+    "trainer.precision=16-mixed",
+)
 
 
 def module_of(slug: str) -> PaperModule:
@@ -43,9 +50,9 @@ WITH_BLOCKS = [slug for slug in PAPERS if repeated_blocks(MODULES[slug])]
 
 def changed(slug: str, references: References, folder: Path, *trainer: str, world: int = 1) -> tuple[Any, Path, Any]:
     """How the reference run ends when it is made with other options of the trainer: (reference, run folder, ends)."""
-    reference = references(slug, str(SMOKE[slug].arm), *uneven(slug), *invariant(slug))
+    reference = references(slug, str(SMOKE[slug].arm), *uneven(slug), *invariant(slug, str(SMOKE[slug].arm)))
     cfg = reference.cfg.copy()
-    cfg.trainer = smoke_config(slug, *invariant(slug), *trainer).trainer
+    cfg.trainer = smoke_config(slug, *invariant(slug, str(SMOKE[slug].arm)), *trainer).trainer
     config, runs = children.write_config(cfg, folder), folder / "runs"
     reference.give_earlier_stages(runs)
     probe = Probe(folder / "probe")
@@ -128,9 +135,9 @@ def test_big_models_can_be_sharded() -> None:
 @pytest.mark.parametrize("first", ["one process", "sharded"])
 def test_a_run_continues_with_or_without_sharding(first: str, references: References, tmp_path: Path) -> None:
     slug = SHARDED[0]
-    reference = references(slug, str(SMOKE[slug].arm), *uneven(slug), *invariant(slug))
+    reference = references(slug, str(SMOKE[slug].arm), *uneven(slug), *invariant(slug, str(SMOKE[slug].arm)))
     run, cfg = reference.give_earlier_stages(tmp_path), reference.cfg.copy()
-    cfg.trainer = smoke_config(slug, *invariant(slug), "trainer=fsdp_cpu").trainer
+    cfg.trainer = smoke_config(slug, *invariant(slug, str(SMOKE[slug].arm)), "trainer=fsdp_cpu").trainer
     sharded, kill = children.write_config(cfg, tmp_path), faults.SignalAfterStep(3)
     if first == "sharded":
         assert children.run_ranks(sharded, tmp_path, 2, before=kill)[0].code == -9
@@ -170,10 +177,7 @@ def test_mixed_precision(slug: str, references: References, tmp_path: Path) -> N
 def test_every_recipe_composes_with_every_strategy(slug: str, recipe: str) -> None:
     plain = compose([f"experiment={slug}/{recipe}"])
     sharded = compose([f"experiment={slug}/{recipe}", "trainer=fsdp"])
-    copied = compose(
-        [f"experiment={slug}/{recipe}", "trainer=ddp", "trainer.gradient_compression=bf16", *GPU_OPTIONS]
-        + ["trainer.strategy.static_graph=true", "trainer.precision=16-mixed"]
-    )
+    copied = compose([f"experiment={slug}/{recipe}", *COPIED])
     for cfg in (sharded, copied):
         assert cfg.data.batch_size == plain.data.batch_size
         assert instantiate(cfg.trainer.strategy, path="trainer.strategy").strategy_name in ("ddp", "fsdp")

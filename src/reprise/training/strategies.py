@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from reprise.distributed import all_reduce_mean
+from reprise.distributed import all_reduce_mean, union_over_ranks
 from reprise.errors import ConfigError
 from reprise.training.blocks import repeated_blocks
 from reprise.training.module import PaperModule
@@ -138,13 +139,37 @@ class ShardedStrategy(FSDPStrategy):
                     self._load_optimizer(optimizer, state)
         return content
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state with parameters numbered in the order of their groups, as a plain optimizer has it."""
+        from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
+
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        root, state = self.sharded_model, self._whole_optimizer_state(plain)
+        return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, root, optim=plain)
+
+    def _whole_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Gathered one quantity after another: FSDP gathers all of a block into one buffer, which CPUs do not copy."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        own = optimizer.state_dict()
+        whole: dict[str, Any] = {"state": {}}
+        with _whole_tensors(self.sharded_model):
+            for name in union_over_ranks({name for values in own["state"].values() for name in values}):
+                held = {key: {name: values[name]} for key, values in own["state"].items() if name in values}
+                part = FullyShardedDataParallel.optim_state_dict(self.sharded_model, optimizer, {**own, "state": held})
+                whole["param_groups"] = part["param_groups"]
+                for key, values in part["state"].items():
+                    kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+                    whole["state"].setdefault(key, {}).update(kept)
+        return whole if whole["state"] else FullyShardedDataParallel.optim_state_dict(self.sharded_model, optimizer)
+
     def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
         if not state["state"]:
             return
-        root = self.sharded_model
-        named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, root)
+        root, name = self.sharded_model, OptimStateKeyType.PARAM_NAME
+        named = FullyShardedDataParallel.rekey_optim_state_dict(state, name, root, optim=optimizer)
         optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(root, optimizer, named))
 
     @property
