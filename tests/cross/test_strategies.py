@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 
 from reprise import discovery
 from reprise.config import compose, config_hash
 from reprise.evidence import children
+from reprise.evidence.plan import build_from, device_count, dry_run_of_ranks
 from reprise.evidence.states import final_state, run_differences
 from reprise.training.blocks import repeated_blocks
 from reprise.training.instantiate import instantiate
 from reprise.training.module import PaperModule
 from reprise.training.run import build
+from reprise.training.strategies import ShardedStrategy
 from tests.cross import faults
 from tests.cross.probes import Probe
 from tests.cross.support import PAPERS, RECIPES, References, folder_of, in_every_run, metrics_of, smoke_config, spread
@@ -46,6 +49,7 @@ def module_of(slug: str) -> PaperModule:
 MODULES = {slug: module_of(slug) for slug in PAPERS}
 SHARDED = [slug for slug in PAPERS if "sharding" not in MODULES[slug].refuses]
 WITH_BLOCKS = [slug for slug in PAPERS if repeated_blocks(MODULES[slug])]
+MANY_RANKS = [item for item in RECIPES if device_count(compose([f"experiment={item[0]}/{item[1]}"])) > 1]
 
 
 def changed(slug: str, references: References, folder: Path, *trainer: str, world: int = 1) -> tuple[Any, Path, Any]:
@@ -178,9 +182,9 @@ def test_every_recipe_composes_with_every_strategy(slug: str, recipe: str) -> No
     plain = compose([f"experiment={slug}/{recipe}"])
     sharded = compose([f"experiment={slug}/{recipe}", "trainer=fsdp"])
     copied = compose([f"experiment={slug}/{recipe}", *COPIED])
-    for cfg in (sharded, copied):
+    for cfg, kind in ((sharded, ShardedStrategy), (copied, DDPStrategy)):
         assert cfg.data.batch_size == plain.data.batch_size
-        assert instantiate(cfg.trainer.strategy, path="trainer.strategy").strategy_name in ("ddp", "fsdp")
+        assert isinstance(instantiate(cfg.trainer.strategy, path="trainer.strategy"), kind)
     assert config_hash(copied) != config_hash(plain)  # compressed, in parts, half precision: another run
 
 
@@ -193,3 +197,18 @@ def test_what_changes_no_number_changes_no_hash() -> None:
 
 def test_every_paper_was_collected() -> None:
     assert set(MODULES) == set(discovery.papers())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slug", "recipe"), MANY_RANKS)
+def test_a_step_at_the_published_number_of_ranks(slug: str, recipe: str) -> None:
+    cfg, messages = compose([f"experiment={slug}/{recipe}"]), list[str]()
+    world = device_count(cfg)
+    assert cfg.data.batch_size % world == 0
+    step = dry_run_of_ranks(lambda: build_from(cfg), world, cfg.data.batch_size // world, messages)
+    assert step is not None, messages
+    assert step.ranks == world
+
+
+def test_most_published_recipes_have_many_ranks() -> None:
+    assert {"clip", "detr", "moco", "smkd", "transformer", "vit"} <= {slug for slug, _ in MANY_RANKS}

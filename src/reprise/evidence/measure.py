@@ -38,12 +38,16 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step of the full-size model: `device` is `cpu` or `meta`, `loss` is None on meta."""
+    """One optimizer step of the full-size model: `device` is `cpu` or `meta`, `loss` is None on meta.
+
+    `ranks` is how many the process took part among: more than one exist in name only (`as_rank_of`).
+    """
 
     device: str
     batch_size: int
     loss: float | None
     seconds: float
+    ranks: int = 1
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -224,6 +228,22 @@ def timed_step(build: Callable[[], tuple[PaperModule, Batch]], device: str, batc
         started = time.perf_counter()
         loss = optimizer_step(module, batch)
     return StepResult(device, batch_size, loss, time.perf_counter() - started)
+
+
+@contextmanager
+def as_rank_of(world: int) -> Iterator[None]:
+    """This process as rank 0 of `world` ranks that exist in name only (torch's fake process group).
+
+    Collectives have the shapes that they have among so many ranks, and wait for nobody; values are not those of a run.
+    """
+    from torch import distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

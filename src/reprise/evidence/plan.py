@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 REAL_STEP_BYTES = 16 * 2**30  # up to here the optimizer step runs on real tensors
 DEVICE = "A100"
 DEVICE_FLOPS = 312e12  # bf16 peak of one A100 (NVIDIA data sheet)
+DRY_ITEMS = 2  # of a dry run on real tensors
 UTILISATION = 0.35  # of the peak, a usual share for vision models and transformers
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class Plan:
             the forward pass could not be counted.
         memory: bytes a device with its share of the global batch; None when it could not be measured.
         step: the optimizer step; None when it failed (`messages` says why).
+        dry_run: an optimizer step as one of the published number of ranks; None for one rank, or when it failed.
     """
 
     paper: str
@@ -95,12 +97,14 @@ class Plan:
     device_hours: float | None
     memory: MemoryEstimate | None
     step: StepResult | None
+    dry_run: StepResult | None
     messages: list[str]
 
     @property
     def ok(self) -> bool:
-        """Every size matched or explained by its note, and the optimizer step made."""
-        return self.step is not None and all(size.matched or (size.note and not size.message) for size in self.sizes)
+        """Every size matched or explained by its note, and the optimizer steps made."""
+        ran = self.step is not None and (self.dry_run is not None or self.devices == 1)
+        return ran and all(size.matched or (size.note and not size.message) for size in self.sizes)
 
 
 def plan_experiment(overrides: Sequence[str]) -> Plan:
@@ -169,11 +173,12 @@ def make_plan(
     macs = _try(lambda: _forward_cost(build)[1], "multiply-adds", messages)
     memory = _try(lambda: _memory(build, share), "memory", messages)
     step = make_step(build, share, memory, messages)
+    dry_run = dry_run_of_ranks(build, devices, share, messages) if devices > 1 else None
     passes = _try(lambda: _passes(build), "passes", messages) or 1
     work = (examples_per_step or batch_size) * passes * steps
     hours = None if macs is None else 6 * macs * work / (DEVICE_FLOPS * UTILISATION) / 3600
     sizes = [check_size(size, build_size) for size in card.sizes]
-    return Plan(slug, recipe, sizes, data, steps, batch_size, devices, work, hours, memory, step, messages)
+    return Plan(slug, recipe, sizes, data, steps, batch_size, devices, work, hours, memory, step, dry_run, messages)
 
 
 def check_size(size: Size, build: Build) -> SizeResult:
@@ -261,6 +266,21 @@ def make_step(
         step = _try(partial(_step, build, device, items), f"optimizer step on {device}", messages)
         if step is not None:
             return step
+    return None
+
+
+def dry_run_of_ranks(build: Callable[[], Built], world: int, batch_size: int, messages: list[str]) -> StepResult | None:
+    """One optimizer step as rank 0 of `world`, with the shapes of all collectives; what it computes means nothing.
+
+    On meta tensors with the device's share of the batch, or where a loss looks at values on a few real items.
+    """
+    reasons: list[str] = []
+    for device, items in (("meta", batch_size), ("cpu", min(batch_size, DRY_ITEMS))):
+        with measure.as_rank_of(world):
+            step = _try(partial(_step, build, device, items), f"as one of {world} ranks on {device}", reasons)
+        if step is not None:
+            return replace(step, loss=None, ranks=world)
+    messages += reasons
     return None
 
 
@@ -399,4 +419,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
                 f"{plan.step.batch_size} examples on {plan.step.device}: {loss}, {duration(plan.step.seconds)}",
             )
         )
+    if plan.dry_run is not None:
+        dry = plan.dry_run
+        text = f"{dry.batch_size} examples on {dry.device} as one of them: done, {duration(dry.seconds)}"
+        facts.append((f"{dry.ranks} ranks", text))
     return facts
