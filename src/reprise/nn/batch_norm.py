@@ -98,7 +98,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """Normalised activations, and each group's mean and unbiased variance, [groups, C]."""
         rows, channels = len(image) // groups, image.shape[1]
         # a momentum of 1 leaves the batch's own statistics in these buffers
-        mean, variance = (image.new_zeros(groups, channels) for _ in range(2))
+        mean, variance = (self.weight.new_zeros(groups, channels) for _ in range(2))  # float32 also under autocast
         if self.interleaved:
             weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
             flat = image.reshape(rows, groups * channels, *image.shape[2:])

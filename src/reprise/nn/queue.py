@@ -39,5 +39,5 @@ class KeyQueue(nn.Module):
         if self.size % len(keys):
             raise ValueError(f"a queue of {self.size} keys is not a multiple of the {len(keys)} that arrive at once")
         columns = self.position + torch.arange(len(keys), device=keys.device)
-        self.keys.index_copy_(1, columns, keys.T)
+        self.keys.index_copy_(1, columns, keys.T.to(self.keys.dtype))  # bfloat16 under autocast
         self.position.add_(len(keys)).remainder_(self.size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -121,10 +122,17 @@ class PaperModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Lightning's, and under FSDP, where each rank holds a part of the gradient, by the norm of the whole."""
-        wrapper = self.trainer.strategy.model
-        if isinstance(wrapper, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
-            wrapper.clip_grad_norm_(gradient_clip_val)
+        """Lightning's, with two gaps closed.
+
+        Under FSDP each rank holds a part of the gradient, whose norm is that of the whole. With bfloat16 Lightning
+        refuses fused optimizers, which unscale gradients themselves; but only float16 scales any.
+        """
+        wrapper, precision = self.trainer.strategy.model, self.trainer.precision_plugin
+        limit = 0.0 if gradient_clip_algorithm == "value" else gradient_clip_val or 0.0
+        if limit and isinstance(wrapper, FullyShardedDataParallel):
+            wrapper.clip_grad_norm_(limit)
+        elif limit and isinstance(precision, MixedPrecision) and precision.scaler is None:
+            precision.clip_grad_by_norm(optimizer, limit)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -140,11 +140,11 @@ class CLIPModule(PaperModule):
             self._rows.setdefault(name, []).append(value)
 
     def _features(self, batch: Batch) -> dict[str, Tensor]:
-        """Embeddings, what a probe reads, and the batch's own labels."""
+        """Embeddings, what a probe reads (both float32, also under autocast), and the batch's own labels."""
         embedding = self.model.visual(batch["image"])
         probed = embedding if self.as_released else self.model.visual.features(batch["image"])
         kept: dict[str, Tensor] = {name: batch[name] for name in ("captions", "label", "unseen") if name in batch}
-        return {"embedding": embedding, "probed": probed, **kept}
+        return {"embedding": embedding.float(), "probed": probed.float(), **kept}
 
     def _evaluate(self, split: str) -> dict[str, Tensor]:
         """Log the metrics of a split whose features were collected; every rank computes them from all items."""
