@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reprise.distributed import all_reduce_mean, all_reduce_sum_with_gradient, world_size
+from reprise.errors import ConfigError
 
 
 class SyncBatchNorm(nn.modules.batchnorm._NormBase):
@@ -81,14 +82,16 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """Normalised activations.
 
         Raises:
-            ValueError: the ranks do not divide the groups, or the groups do not divide the batch.
+            ConfigError: the ranks do not divide the groups, or the groups do not divide the batch.
         """
         if not self.training:
             return super().forward(input)
         world = world_size()
         if self.splits % world or len(input) % (self.splits // world):
-            raise ValueError(
-                f"{self.splits} batch-norm groups cannot be dealt to {world} ranks with {len(input)} items each"
+            raise ConfigError(
+                f"{self.splits} batch-norm groups cannot be dealt to {world} ranks with {len(input)} items each",
+                looked_at="data.batch_size, trainer.devices and the number of groups (splits)",
+                next_step="choose groups that the ranks divide, and a batch that the groups divide",
             )
         normalised, mean, variance = self._by_group(input, self.splits // world)
         self._move_statistics(mean, variance)
