@@ -72,6 +72,10 @@ def folder_of(cfg: DictConfig, runs: Path) -> Path:
     return runs / configuration.run_dir(cfg).relative_to(configuration.paths.runs_dir())
 
 
+class RefusedError(AssertionError):
+    """A run ended at once with a clear message."""
+
+
 @dataclass
 class References:
     """Runs that several tests compare with, each made once; an earlier stage is shared by those that continue."""
@@ -80,7 +84,11 @@ class References:
     made: dict[tuple[object, ...], Reference] = field(default_factory=dict)
 
     def __call__(self, slug: str, arm: str, *overrides: str, empty_half: bool = False) -> Reference:
-        """The run of an arm in one process; skips where the paper refuses the overrides with a clear message."""
+        """The run of an arm in one process.
+
+        Raises:
+            RefusedError: the paper refuses the overrides, with a clear message.
+        """
         key = (slug, arm, *overrides, empty_half)
         if key not in self.made:
             cfg = smoke_config(slug, f"arm={arm}", EVERY_STEP, *overrides)
@@ -89,7 +97,7 @@ class References:
             config = write_config(cfg, folder)
             ended = children.run(config, runs, before=Probe(folder / "probe", empty_half))
             if ended.code and "Traceback" not in ended.messages and overrides:
-                pytest.skip(f"{slug} refuses {', '.join(overrides)}: {ended.messages.splitlines()[0]}")
+                raise RefusedError(f"{slug} refuses {', '.join(overrides)}: {ended.messages.splitlines()[0]}")
             assert ended.code == 0, ended.messages
             self.made[key] = Reference(cfg, config, runs, folder_of(cfg, runs), folder / "probe")
         return self.made[key]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from reprise.errors import ConfigError
 from reprise.nn.batch_norm import SplitBatchNorm, SyncBatchNorm
 from reprise.nn.queue import KeyQueue
 
@@ -95,7 +96,7 @@ def test_sync_batch_norm_alone_is_batch_norm() -> None:
 
 
 def test_groups_that_do_not_divide_the_batch() -> None:
-    with pytest.raises(ValueError, match="cannot be dealt"):
+    with pytest.raises(ConfigError, match="cannot be dealt"):
         SplitBatchNorm(3, splits=5)(_data()[0])
 
 
@@ -110,5 +111,5 @@ def test_queue_keeps_the_last_keys() -> None:
 
 
 def test_queue_refuses_batches_that_it_would_tear() -> None:
-    with pytest.raises(ValueError, match="not a multiple"):
+    with pytest.raises(ConfigError, match="not a multiple"):
         KeyQueue(4, 6).enqueue(torch.randn(4, 4))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reprise.errors import ConfigError
+
 
 class KeyQueue(nn.Module):
     """The last `size` keys; all state is in buffers, equal on all ranks where all enqueue the gathered keys.
@@ -34,10 +36,14 @@ class KeyQueue(nn.Module):
         """Replace the oldest keys by `keys` [N, dim], the key of each row in a column.
 
         Raises:
-            ValueError: N does not divide the queue's size, so that the keys of one batch would be torn apart.
+            ConfigError: N does not divide the queue's size, so that the keys of one batch would be torn apart.
         """
         if self.size % len(keys):
-            raise ValueError(f"a queue of {self.size} keys is not a multiple of the {len(keys)} that arrive at once")
+            raise ConfigError(
+                f"a queue of {self.size} keys is not a multiple of the {len(keys)} that arrive at once",
+                looked_at="data.batch_size and the size of the queue",
+                next_step="choose a queue whose size is a multiple of the global batch",
+            )
         columns = self.position + torch.arange(len(keys), device=keys.device)
         self.keys.index_copy_(1, columns, keys.T.to(self.keys.dtype))  # bfloat16 under autocast
         self.position.add_(len(keys)).remainder_(self.size)
