@@ -72,6 +72,7 @@ def expand(command: str) -> list[str]:
     dry = subprocess.run(
         ["make", "-s", "-n", "-o", ".venv/.installed", *shlex.split(command)[1:]],
         cwd=paths.root(),
+        env={name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "ARGS")},  # of `make test`
         capture_output=True,
         text=True,
         check=True,
