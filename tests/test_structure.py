@@ -96,8 +96,9 @@ def extras_in(text: str) -> list[set[str]]:
 
 def lowest_python() -> tuple[int, int]:
     """What pyproject.toml requires, e.g. (3, 11)."""
-    major, minor = re.fullmatch(r">=(\d+)\.(\d+)", project()["requires-python"]).groups()  # type: ignore[union-attr]
-    return int(major), int(minor)
+    found = re.fullmatch(r">=(\d+)\.(\d+)", project()["requires-python"])
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 def test_environment_yml_is_in_step() -> None:

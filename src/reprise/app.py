@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import sys
 import traceback
@@ -31,13 +32,12 @@ class Failure:
 
 def portable(error: Exception) -> RepriseError:
     """The error if it is a user's and survives the way between two processes, else a plain one that says the same."""
-    if isinstance(error, RepriseError):
-        try:
-            if str(pickle.loads(pickle.dumps(error))) == str(error):
-                return error
-        except Exception:  # whatever its parts raise
-            return RepriseError(str(error))
-    return RepriseError(f"{type(error).__name__}: {error}")
+    if not isinstance(error, RepriseError):
+        return RepriseError(f"{type(error).__name__}: {error}")
+    with contextlib.suppress(Exception):  # its parts may raise anything on the way
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    return RepriseError(str(error))
 
 
 def task(hydra_config: DictConfig) -> dict[str, float] | Failure:

@@ -7,12 +7,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reprise.errors import RepriseError
+from reprise.paths import environment_variable
 
 TRACEBACK = "--traceback"
 HYDRA_HELP = (
@@ -30,21 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
-    with _recorded_as(shlex.join(["reprise", *words])):
+    with environment_variable("REPRISE_COMMAND", shlex.join(["reprise", *words])):  # what run folders will name
         return _run(args)
-
-
-@contextmanager
-def _recorded_as(command: str) -> Iterator[None]:
-    """What the run folders of this process and its children will name as their command."""
-    before = os.environ.get("REPRISE_COMMAND")
-    os.environ["REPRISE_COMMAND"] = command
-    try:
-        yield
-    finally:
-        os.environ.pop("REPRISE_COMMAND")
-        if before is not None:
-            os.environ["REPRISE_COMMAND"] = before
 
 
 def _run(args: argparse.Namespace) -> int:

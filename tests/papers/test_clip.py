@@ -249,7 +249,7 @@ def test_unknown_choices_are_refused() -> None:
             objectives.objective(wrong[0], **dict(zip(("direction", "positives"), wrong[1:], strict=False)))
     for options in ({"positives": "same_caption"}, {"queue_size": 0}, {"momentum": 1.0}):
         with pytest.raises(ValueError, match="queue"):
-            objectives.objective("queued_contrastive", **options)  # type: ignore[arg-type]
+            objectives.objective("queued_contrastive", **options)
 
 
 def test_words_leave_out_padding_and_special_tokens() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 from reprise import paths
 from reprise.evidence.files import write_text
@@ -23,12 +24,13 @@ Ratios are measured in one process, in turns, so that they hold on a busy machin
 class _Twice(io.StringIO):
     """Keeps what is printed, and prints it."""
 
-    def __init__(self, screen: object) -> None:
+    def __init__(self, screen: TextIO) -> None:
         super().__init__()
         self.screen = screen
 
     def write(self, text: str) -> int:
-        print(text, end="", file=self.screen, flush=True)  # type: ignore[call-overload]
+        self.screen.write(text)
+        self.screen.flush()
         return super().write(text)
 
 

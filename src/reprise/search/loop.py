@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -86,24 +84,12 @@ def run_search(settings: Settings, space: Space, make_job: MakeJob, launcher: An
     """
     folder = paths.runs_dir() / "searches" / space.name(settings.metric, settings.direction, settings.parallel)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_search(folder), _run_folders_in(folder):
+    with only_search(folder), paths.environment_variable("REPRISE_RUNS", str(folder.resolve())):
         search = _Search(settings, space, make_job, launcher, folder.resolve() / "journal.log")
         search.go_on()
         outcome = search.outcome(folder)
     _write(outcome)
     return outcome
-
-
-@contextmanager
-def _run_folders_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get("REPRISE_RUNS")
-    os.environ["REPRISE_RUNS"] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        os.environ.pop("REPRISE_RUNS")
-        if before is not None:
-            os.environ["REPRISE_RUNS"] = before
 
 
 class _Search:

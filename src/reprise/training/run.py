@@ -23,7 +23,7 @@ from reprise.errors import CheckpointError, ConfigError, InterruptedRunError, Re
 from reprise.seeding import seed_all
 from reprise.training.accumulation import accumulate
 from reprise.training.blocks import checkpoint_activations
-from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, newest_checkpoint
+from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, callbacks_of, newest_checkpoint
 from reprise.training.diagnostics import Timing
 from reprise.training.instantiate import instantiate
 from reprise.training.interrupt import StopBetweenSteps, StopRequest
@@ -310,7 +310,7 @@ def _unsharded(trainer: pl.Trainer, cfg: DictConfig, folder: RunFolder) -> pl.Tr
     return pl.Trainer(
         **{**_options(cfg, folder), "strategy": ddp(backend)},
         logger=trainer.loggers,
-        callbacks=[item for item in trainer.callbacks if isinstance(item, Reseed | ProgressReport)],  # type: ignore[attr-defined]
+        callbacks=[item for item in callbacks_of(trainer) if isinstance(item, Reseed | ProgressReport)],
     )
 
 
@@ -340,7 +340,7 @@ def _spare_every_step() -> None:
 
 
 def checkpoint_of(trainer: pl.Trainer) -> ExactCheckpoint:
-    return next(item for item in trainer.callbacks if isinstance(item, ExactCheckpoint))  # type: ignore[attr-defined]
+    return next(item for item in callbacks_of(trainer) if isinstance(item, ExactCheckpoint))
 
 
 def _facts(cfg: DictConfig, config_hash: str) -> dict[str, Any]:

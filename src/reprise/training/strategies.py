@@ -151,17 +151,16 @@ class ShardedStrategy(FSDPStrategy):
         """Gathered one quantity after another: FSDP gathers all of a block into one buffer, which CPUs do not copy."""
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        own = optimizer.state_dict()
-        whole: dict[str, Any] = {"state": {}}
-        with _whole_tensors(self.sharded_model):
+        own, root = optimizer.state_dict(), self.sharded_model
+        with _whole_tensors(root):
+            whole = FullyShardedDataParallel.optim_state_dict(root, optimizer, {**own, "state": {}})
             for name in union_over_ranks({name for values in own["state"].values() for name in values}):
                 held = {key: {name: values[name]} for key, values in own["state"].items() if name in values}
-                part = FullyShardedDataParallel.optim_state_dict(self.sharded_model, optimizer, {**own, "state": held})
-                whole["param_groups"] = part["param_groups"]
+                part = FullyShardedDataParallel.optim_state_dict(root, optimizer, {**own, "state": held})
                 for key, values in part["state"].items():
                     kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
                     whole["state"].setdefault(key, {}).update(kept)
-        return whole if whole["state"] else FullyShardedDataParallel.optim_state_dict(self.sharded_model, optimizer)
+        return whole
 
     def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
