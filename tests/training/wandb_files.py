@@ -37,7 +37,7 @@ class OfflineRun:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The records of a `.wandb` file, put together from their fragments."""
+    """The records of a `.wandb` file, put together from their fragments; a file still being written ends early."""
     content, place, parts = path.read_bytes(), HEADER, b""
     assert content[:4] == b":W&B"
     while place + HEADER <= len(content):
@@ -46,6 +46,8 @@ def records(path: Path) -> Iterator[Any]:
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", content[place : place + HEADER])
+        if place + HEADER + length > len(content):
+            return
         parts += content[place + HEADER : place + HEADER + length]
         place += HEADER + length
         if kind in (1, 4):
