@@ -170,6 +170,20 @@ def test_compressed_gradients(slug: str, name: str, references: References, tmp_
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.parametrize("slug", [in_every_run(slug in (spread(3), spread(6)), slug) for slug in PAPERS])
+def test_a_static_graph(slug: str, references: References, tmp_path: Path) -> None:
+    options = ("trainer=ddp_cpu", "trainer.strategy.static_graph=true")
+    reference, run, ended = changed(slug, references, tmp_path, *options, world=2)
+    if ended[0].code:
+        assert "Traceback" not in ended[0].messages
+        assert "SAM's two passes" in ended[0].messages
+        return
+    assert [one.code for one in ended] == [0, 0], ended[1].messages[-3000:]
+    assert first_loss(run) == pytest.approx(first_loss(reference.run), rel=FIRST_LOSS)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize("slug", [in_every_run(slug in (spread(1), spread(2)), slug) for slug in PAPERS])
 def test_mixed_precision(slug: str, references: References, tmp_path: Path) -> None:
     reference, run, [ended] = changed(slug, references, tmp_path, "trainer.precision=bf16-mixed")

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reprise.nn.deformable import DeformableAttention, compass, deformable_attention, sampling_locations
+from reprise.nn.deformable import (
+    DeformableAttention,
+    compass,
+    deformable_attention,
+    sample_bilinear,
+    sample_by_rows,
+    sampling_locations,
+)
 
 SHAPES = [(4, 6), (2, 3)]
 
@@ -41,6 +48,18 @@ def test_equals_a_loop(heads: int, points: int) -> None:
                 x, y = locations[image, query, head, level, point].tolist()
                 expected += weights[image, query, head, level, point] * _bilinear(maps, x, y)
         torch.testing.assert_close(found[image, query, head], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_sampling_by_rows_has_the_values_and_gradients_of_grid_sample() -> None:
+    image, grid = torch.randn(3, 4, 5, 7, dtype=torch.float64), torch.rand(3, 6, 2, 2, dtype=torch.float64) * 2.8 - 1.4
+    probe = torch.randn(3, 4, 6, 2, dtype=torch.float64)
+    found = []
+    for sample in (sample_bilinear, sample_by_rows):
+        leaves = [image.clone().requires_grad_(), grid.clone().requires_grad_()]
+        value = sample(*leaves)
+        found.append([value, *torch.autograd.grad((value * probe).sum(), leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_levels_must_hold_the_cells() -> None:

@@ -58,6 +58,15 @@ def test_masked_patches_do_not_reach_the_output() -> None:
     assert not torch.allclose(backbone(image), backbone(other))
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (12, 20), (24, 16)])
+def test_positions_are_those_of_bicubic_interpolation(height: int, width: int) -> None:
+    backbone = tiny().backbone
+    learned = backbone.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    scale = [(height // 4 + 0.1) / 4, (width // 4 + 0.1) / 4]
+    expected = F.interpolate(learned, scale_factor=scale, mode="bicubic")
+    torch.testing.assert_close(backbone.positions(height, width)[:, 1:], expected.flatten(2).transpose(1, 2))
+
+
 def test_other_sizes_get_interpolated_positions() -> None:
     backbone = tiny().backbone
     assert backbone.positions(16, 16) is backbone.pos_embed

@@ -50,6 +50,15 @@ def test_probes_work_in_inference_mode() -> None:
         assert linear_probe(train, 3)(train.value).argmax(1).eq(train.label).float().mean() > 0.8
 
 
+def test_autocast_changes_no_score() -> None:
+    train, feature = blobs(), torch.randn(5, 6)
+    classify = linear_probe(train, 3)
+    expected = knn_scores(feature, train, 3, k=7), classify(feature)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(knn_scores(feature, train, 3, k=7), expected[0])
+        assert torch.equal(classify(feature), expected[1])
+
+
 def test_few_takes_the_first_of_each_class() -> None:
     features = Features(torch.arange(7.0)[:, None], torch.tensor([0, 1, 1, 1, 0, 0, 2]))
     assert features.few(2).value.flatten().tolist() == [0, 1, 2, 4, 6]

@@ -36,13 +36,45 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
         raise ValueError(f"levels of {list(shapes)} do not hold {cells} cells")
     grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # [B*H, Q, L, P, 2]
     maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([height * width for height, width in shapes], dim=-1)
+    sample = sample_by_rows if value.is_cuda and torch.are_deterministic_algorithms_enabled() else sample_bilinear
     sampled = [
-        F.grid_sample(level.unflatten(-1, shape), grid[:, :, index], align_corners=False)
+        sample(level.unflatten(-1, shape), grid[:, :, index])
         for index, (level, shape) in enumerate(zip(maps, shapes, strict=True))
     ]  # each [B*H, D/H, Q, P]
     weight = weights.transpose(1, 2).flatten(0, 1).flatten(-2).unsqueeze(1)  # [B*H, 1, Q, L*P]
     mixed = (torch.cat(sampled, dim=-1) * weight).sum(-1)
     return mixed.view(batch, heads * channels, -1).transpose(1, 2)
+
+
+def sample_bilinear(image: Tensor, grid: Tensor) -> Tensor:
+    """Bilinear values between cells, zero outside.
+
+    Args:
+        image: [N, C, H, W].
+        grid: (x, y), -1 and 1 at the outer edges, [N, Q, P, 2].
+
+    Returns:
+        [N, C, Q, P].
+    """
+    return F.grid_sample(image, grid, align_corners=False)
+
+
+def sample_by_rows(image: Tensor, grid: Tensor) -> Tensor:
+    """`sample_bilinear` in operations whose gradients CUDA adds up in a fixed order; it has none for `grid_sample`."""
+    height, width = image.shape[-2:]
+    rows = image.flatten(2).transpose(1, 2).flatten(0, 1)  # [N*H*W, C]
+    first = height * width * torch.arange(len(image), device=image.device)[:, None, None]
+    grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    at = (grid + 1) / 2 * grid.new_tensor([width, height]) - 0.5
+    corner = at.detach().floor()
+    total = image.new_zeros(())
+    for offset in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        column, row = (corner + corner.new_tensor(offset)).unbind(-1)
+        share = (1 - (at - corner - corner.new_tensor(offset)).abs()).prod(-1)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        cell = first + row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+        total = total + (share * inside)[..., None] * rows.index_select(0, cell.flatten()).unflatten(0, cell.shape)
+    return total.permute(0, 3, 1, 2)
 
 
 def sampling_locations(offsets: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +39,14 @@ def extract(encode: Callable[[Tensor], Tensor], source: Source, batch_size: int,
     """Features of every item of a source, in its order, on `device`; `encode` takes images [B, C, H, W]."""
     value, label = [], []
     for batch in EvalLoader(source, batch_size):
-        value.append(encode(batch["image"].to(device)))
+        value.append(encode(batch["image"].to(device)).float())
         label.append(batch["label"].to(device))
     return Features(torch.cat(value), torch.cat(label))
+
+
+def in_full(feature: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast: a neighbour or a class may hang on a digit that bfloat16 does not have."""
+    return torch.autocast(feature.device.type, enabled=False)
 
 
 def knn_scores(feature: Tensor, bank: Features, num_classes: int, *, k: int = 200, temperature: float = 0.1) -> Tensor:
@@ -52,10 +59,11 @@ def knn_scores(feature: Tensor, bank: Features, num_classes: int, *, k: int = 20
         feature: [N, D], any length.
         bank: labelled features.
     """
-    similarity = F.normalize(feature, dim=1) @ F.normalize(bank.value, dim=1).T
+    with in_full(feature):
+        similarity = F.normalize(feature, dim=1) @ F.normalize(bank.value, dim=1).T
     nearest, index = similarity.topk(min(k, len(bank)), dim=1)
     votes = (nearest / temperature).exp()
-    return feature.new_zeros(len(feature), num_classes).scatter_add_(1, bank.label[index], votes)
+    return votes.new_zeros(len(feature), num_classes).scatter_add_(1, bank.label[index], votes)
 
 
 @dataclass(frozen=True)
@@ -97,4 +105,9 @@ def linear_probe(
             return loss
 
         solver.step(closure)
-    return lambda feature: scale(feature) @ weight.detach().T + bias.detach()
+
+    def classify(feature: Tensor) -> Tensor:
+        with in_full(feature):
+            return scale(feature) @ weight.detach().T + bias.detach()
+
+    return classify

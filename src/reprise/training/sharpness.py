@@ -373,6 +373,12 @@ class SAM(Optimizer):
                 looked_at=f"trainer.gradient_clip_val = {trainer.gradient_clip_val}",
                 next_step="use optimizer.clip_norm, which clips the descent gradient only",
             )
+        if isinstance(trainer.strategy.model, DistributedDataParallel) and trainer.strategy.model.static_graph:
+            raise ConfigError(
+                "SAM's two passes a step are averaged differently, and DDP's static graph allows one way",
+                looked_at="trainer.strategy.static_graph",
+                next_step="set it to false",
+            )
         if isinstance(trainer.strategy.model, FullyShardedDataParallel):
             raise ConfigError(
                 "SAM needs the norm of the whole gradient, and under FSDP each rank holds a shard",

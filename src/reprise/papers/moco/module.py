@@ -155,7 +155,7 @@ class MomentumContrast(PaperModule):
         """Scores [B, num_classes] of both probes."""
         assert self._bank is not None
         assert self._classify is not None
-        feature, options = self.encode(image), self.evaluation
+        feature, options = self.encode(image).float(), self.evaluation
         votes = knn_scores(feature, self._bank, self.num_classes, k=options.knn_k, temperature=options.knn_temperature)
         return {"knn": votes, "linear": self._classify(feature)}
 

@@ -117,10 +117,23 @@ class VisionTransformer(nn.Module):
         rows, columns = height // self.patch, width // self.patch
         if (rows, columns) == (self.grid, self.grid):
             return self.pos_embed
-        learned = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        scale = [(rows + POSITION_OFFSET) / self.grid, (columns + POSITION_OFFSET) / self.grid]
-        resized = F.interpolate(learned, scale_factor=scale, mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], 1)
+        learned = self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid))
+        down, across = (
+            bicubic_weights(self.grid, (size + POSITION_OFFSET) / self.grid, learned.device) for size in (rows, columns)
+        )
+        resized = (down[:, :, None, None] * learned).sum(1)  # products and sums, which autocast leaves in float32
+        resized = (across[:, :, None] * resized[:, None]).sum(2)
+        return torch.cat([self.pos_embed[:, :1], resized.flatten(0, 1)[None]], 1)
+
+
+def bicubic_weights(size: int, scale: float, device: torch.device) -> Tensor:
+    """How much each of `size` places counts in each place after bicubic scaling of a row, [int(size * scale), size].
+
+    Bicubic scaling of an image is this down its columns and then along its rows; written as products and sums its
+    gradient is added up in a fixed order on every device, which CUDA's interpolation cannot do.
+    """
+    one_hot = torch.eye(size, device=device)[:, None, :, None]
+    return F.interpolate(one_hot, scale_factor=[scale, 1.0], mode="bicubic")[:, 0, :, 0].T
 
 
 def block_with_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

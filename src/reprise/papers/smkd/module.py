@@ -198,7 +198,7 @@ class SMKDModule(PaperModule):
         return cosine_value(current_step(self.trainer), self.total_steps, start, end)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        feature = self.protocol.features(self.teacher.backbone, batch["image"])
+        feature = self.protocol.features(self.teacher.backbone, batch["image"]).float()
         self._evaluated.append((feature, batch["label"], batch["index"]))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
