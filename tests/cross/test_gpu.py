@@ -18,6 +18,7 @@ from reprise.evidence import children
 from reprise.evidence.children import Before, Ended
 from reprise.evidence.claims import load_claim
 from reprise.evidence.states import differences, final_state, run_differences
+from reprise.seeding import generator
 from tests.cross import faults
 from tests.cross.probes import Probe
 from tests.cross.support import EVERY_STEP, PAPERS, STAGES, folder_of, metrics_of, smoke_config
@@ -36,7 +37,10 @@ METHOD = {slug: next(iter(load_claim(slug).arms)) for slug in PAPERS}
 
 @dataclass(frozen=True)
 class WithoutDropout(Probe):
-    """A probe in a run whose network draws nothing."""
+    """A probe in a run whose network draws nothing, and whose weights have left their first values.
+
+    Deformable attention starts by looking exactly at cell centres, where the gradient of bilinear sampling jumps.
+    """
 
     def __call__(self) -> None:
         from reprise.training.recording import Reseed
@@ -46,13 +50,23 @@ class WithoutDropout(Probe):
 
         def prepare(callback: Any, trainer: Any, module: Any) -> None:
             forget(callback, trainer, module)
-            for part in module.modules():
-                for name in ("p", "drop_prob", "dropout"):
-                    if isinstance(getattr(part, name, None), float):
-                        setattr(part, name, 0.0)
+            still(module)
 
         patched: Any = Reseed
         patched.on_fit_start = prepare
+
+
+def still(module: torch.nn.Module) -> None:
+    """No dropout from here on, and every trained weight a little moved; the same on every device."""
+    for part in module.modules():
+        for name in ("p", "drop_prob", "dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    rng = generator(0, "away from the start")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter += 0.02 * noise.to(parameter) * parameter.requires_grad
 
 
 def start(slug: str, arm: str, folder: Path, *trainer: str, before: Before | None = None) -> tuple[Ended, Path]:

@@ -105,8 +105,11 @@ class PaperModule(LightningModule):
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """Lightning's, but the values of a training step go to `step_log`, which drops what nobody sees.
 
-        Means over ranks are exact: Lightning averages integer counts of items, and cuts off the half.
+        Means over ranks are exact: Lightning averages integer counts of items, and cuts off the half. They are taken
+        where the module is: what was computed on the CPU (a detector's scores) is of no use to NCCL.
         """
+        if isinstance(value, Tensor):
+            value = value.to(self.device)
         if options.get("batch_size") is not None:
             options["batch_size"] = float(options["batch_size"])
         of_step = self._current_fx_name in STEP_HOOKS and not options.get("on_epoch")

@@ -44,8 +44,7 @@ def ddp(
     """A copy of the model on every device; gradients are averaged over them.
 
     Args:
-        process_group_backend: `nccl`, `gloo`, one for each kind of device (`cpu:gloo,cuda:nccl`: a detector's scores
-            are computed on the CPU), or None for what fits the trainer's device alone.
+        process_group_backend: `nccl`, `gloo`, or None for what fits the device.
         gradient_compression: send gradients as `fp16` or `bf16`, half the bytes for their precision; None sends them
             as they are. Compression with memory of past errors (PowerSGD) is not offered: what each rank remembers
             would belong in the checkpoint, and would tie it to the number of ranks.
@@ -209,7 +208,7 @@ def fsdp(
     """Every device keeps a part of the model (`ShardedStrategy`).
 
     Args:
-        process_group_backend: as of `ddp`.
+        process_group_backend: `nccl`, `gloo`, or None for what fits the device.
         sharding_strategy: `FULL_SHARD` (parameters, gradients, optimizer state), `SHARD_GRAD_OP` (parameters stay whole
             between forward and backward: faster, larger) or `HYBRID_SHARD` (divided within a node, copied across).
         cpu_offload: keep parameters and gradients in the CPU's memory between their uses.
