@@ -59,8 +59,10 @@ def no_child_outlives_its_test() -> Iterator[None]:
         STARTED.pop().kill()
 
 
-def start(runs: Path, *overrides: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
-    command = [*before, sys.executable, "-m", "reprise.cli", "sweep", *SMOKE, *overrides]
+def start(
+    runs: Path, *overrides: str, before: tuple[str, ...] = (), verb: str = "sweep", **environment: str
+) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-m", "reprise.cli", verb, *SMOKE, *overrides]
     given = {**os.environ, "REPRISE_RUNS": str(runs), "REPRISE_JOBS": "2", **environment}
     child = subprocess.Popen(command, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     STARTED.append(child)
@@ -212,9 +214,11 @@ def test_a_killed_sweep_leaves_nothing_behind_and_goes_on(tmp_path: Path, how: t
     assert metrics(runs) == metrics(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_pre_empted_sweep_saves_its_jobs_and_asks_for_another_start(tmp_path: Path, number: signal.Signals) -> None:
-    child = start(tmp_path, "steps=3000", "val_every=3000", "seed=100,101,102")
+@pytest.mark.parametrize(("number", "verb"), [(signal.SIGTERM, "sweep"), (signal.SIGUSR1, "reproduce")])
+def test_a_pre_empted_sweep_saves_its_jobs_and_asks_for_another_start(
+    tmp_path: Path, number: signal.Signals, verb: str
+) -> None:
+    child = start(tmp_path, "steps=3000", "val_every=3000", "seed=100,101,102", verb=verb)
     wait_for(lambda: len(list(tmp_path.rglob("progress.json"))) == 2, child)
     child.send_signal(number)  # to the sweep alone
     code, errors = finish(child)
@@ -223,6 +227,8 @@ def test_a_pre_empted_sweep_saves_its_jobs_and_asks_for_another_start(tmp_path: 
     assert len(list(tmp_path.rglob("step=*.ckpt"))) == 2
     assert {json.loads(path.read_text())["exit_code"] for path in tmp_path.rglob("run.json")} == {75}
     assert not list((tmp_path / ".stops").iterdir())
+    if verb == "reproduce":  # the time counts towards that of the verdict
+        assert json.loads(next(tmp_path.rglob("sweep.json")).read_text())["seconds"] > 0
 
 
 def test_a_lost_job_of_submitit_costs_no_other(tmp_path: Path) -> None:

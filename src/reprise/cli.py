@@ -9,10 +9,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reprise.errors import RepriseError
 from reprise.paths import environment_variable
+
+if TYPE_CHECKING:
+    from reprise.training.jobs import SweepOutcome
 
 TRACEBACK = "--traceback"
 HYDRA_HELP = (
@@ -152,6 +155,8 @@ def _finish_sweep(outcome: object, *, verdicts: bool, named_seeds: bool = False)
 
     if not isinstance(outcome, SweepOutcome) or outcome.dry_run:
         return 0
+    if verdicts:
+        _count_time(outcome)
     if outcome.stopped:
         from reprise.training.stopping import kind_of_stop
 
@@ -173,6 +178,17 @@ def _finish_sweep(outcome: object, *, verdicts: bool, named_seeds: bool = False)
     return 1 if outcome.failed else 0
 
 
+def _count_time(outcome: SweepOutcome) -> None:
+    """What the sweep took belongs to what its verdict took, also when it was stopped and another one goes on."""
+    from reprise import paths
+    from reprise.evidence.sweeps import add_sweep
+
+    runs = paths.runs_dir()
+    for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.jobs):
+        if outcome.seconds and (runs / slug / scale).is_dir():
+            add_sweep(runs, slug, scale, seconds=outcome.seconds, jobs_at_once=outcome.jobs_at_once)
+
+
 def _conclude(outcome: object, *, named_seeds: bool) -> None:
     """Verdicts and reports of a sweep; seeds that the user named are judged in place of the claim's."""
     from rich.console import Console
@@ -181,7 +197,6 @@ def _conclude(outcome: object, *, named_seeds: bool) -> None:
     from reprise.config import compose_job
     from reprise.evidence.panel import render_panel
     from reprise.evidence.report import build_index, build_report
-    from reprise.evidence.sweeps import add_sweep
     from reprise.evidence.verdict import make_verdict
     from reprise.training.jobs import SweepOutcome
     from reprise.training.mirrors import mirror_conclusion
@@ -192,8 +207,6 @@ def _conclude(outcome: object, *, named_seeds: bool) -> None:
     for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.jobs):
         if not any(job.finished for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)):
             continue
-        if outcome.seconds:
-            add_sweep(runs, slug, scale, seconds=outcome.seconds, jobs_at_once=outcome.jobs_at_once)
         own = [job for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)]
         seeds = {scale: sorted({job.seed for job in own})} if named_seeds else {}
         verdict = make_verdict(runs, slug, scale, seeds.get(scale))

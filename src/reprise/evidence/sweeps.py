@@ -12,7 +12,8 @@ from reprise.evidence.files import read_json, write_json
 class SweepTime:
     """Wall time of all sweeps over the runs of a scale, and how many jobs the last of them ran at once.
 
-    What a killed sweep took until then is not counted; its runs keep their own time.
+    Sweeps that were stopped and went on later count; what one took that was killed does not, but its runs keep their
+    own time.
     """
 
     seconds: float | None = None

@@ -16,7 +16,7 @@ from reprise.evidence.results_file import read_results
 if TYPE_CHECKING:
     from rich.table import Table
 
-VERDICT_SCALES = ("small", "public")
+VERDICT_SCALES = ("small", "public", "paper")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def to_json(rows: Sequence[PaperRow]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
 
 
-_HEAD = ("paper", "family", "scales", "golden cases", "sizes", *GUARANTEES, *VERDICT_SCALES)
+_HEAD = ("paper", "family", "scales", "golden cases", "sizes", *GUARANTEES, *(f"{scale} scale" for scale in VERDICT_SCALES))
 
 
 def _cells(row: PaperRow) -> list[str]:
