@@ -30,6 +30,7 @@ NOT_RUN = {
     "make bench": "it takes minutes; test_benchmarks.py runs what writes the page",
     "make parity DIR=<": "the folder is a placeholder; tests/cross/test_parity.py runs the golden cases at hand",
     'make reproduce PAPER=vit ARGS="trainer=gpu': "it needs a GPU; test_config.py composes it",
+    "make reproduce PAPER=fedntd SCALE=paper": "it needs a GPU and all of CIFAR-10; docs/gpu.md says when it was run",
     "reprise weights import": "the file is a placeholder; tests/training/test_weights.py imports files",
     "python scripts/dashboard.py": "it publishes to W&B; test_dashboard.py builds what it sends",
 }
