@@ -184,7 +184,7 @@ def _count_time(outcome: SweepOutcome) -> None:
     from reprise.evidence.sweeps import add_sweep
 
     runs = paths.runs_dir()
-    for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.jobs):
+    for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.asked):
         if outcome.seconds and (runs / slug / scale).is_dir():
             add_sweep(runs, slug, scale, seconds=outcome.seconds, jobs_at_once=outcome.jobs_at_once)
 
@@ -204,10 +204,10 @@ def _conclude(outcome: object, *, named_seeds: bool) -> None:
     assert isinstance(outcome, SweepOutcome)
     console = Console()
     runs = paths.runs_dir()
-    for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.jobs):
-        if not any(job.finished for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)):
+    for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.asked):
+        own = [job for job in outcome.asked if (job.slug, job.scale) == (slug, scale)]
+        if not any(job.finished for job in own):
             continue
-        own = [job for job in outcome.jobs if (job.slug, job.scale) == (slug, scale)]
         seeds = {scale: sorted({job.seed for job in own})} if named_seeds else {}
         verdict = make_verdict(runs, slug, scale, seeds.get(scale))
         example = own[0]

@@ -24,18 +24,21 @@ if TYPE_CHECKING:
 SMOKE = ("steps=4", "val_every=2", "data.batch_size=8", "data.limit=64", "data.eval_batch_size=32")
 
 # Keys that do not change what is computed, so that they change neither the hash nor the name of a run
-# (of a trainer the composed values decide, see `_changes`).
+# (of a trainer the composed values decide, see `_changes`). What is not known to be neutral decides.
+NEUTRAL_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "activation_checkpointing")
+NEUTRAL_CALLBACKS = ("checkpoint", "divergence", "gradient_norms", "search")  # they watch
+NEUTRAL_DATA = ("workers",)
 NEUTRAL = re.compile(
-    r"^(hydra([./]|$)|experiment$|arm$|slug$|seed$|smoke$|variant$|logger([./@]|$)|callbacks([./@]|$)|trainer$|threads$"
-    r"|trainer\.(accelerator|devices|num_nodes|strategy|activation_checkpointing)(\.|$))"
+    r"^(hydra([./]|$)|experiment$|arm$|slug$|seed$|smoke$|variant$|logger([./@]|$)|callbacks$|trainer$|threads$"
+    rf"|callbacks\.({'|'.join(NEUTRAL_CALLBACKS)})(\.|$)|data\.({'|'.join(NEUTRAL_DATA)})$"
+    rf"|trainer\.({'|'.join(NEUTRAL_TRAINER)})(\.|$))"
 )
 HASHED_KEYS = ("slug", "paper", "data", "optimizer", "schedule", "steps", "val_every", "seed")
 # What can be left out where only the trainer's values are wanted.
 IRRELEVANT = re.compile(r"^(hydra|seed|logger|callbacks|threads)([./]|$)")
 # What an earlier stage shares with the run that continues from it, of all that the user typed.
 SHARED_BY_STAGES = re.compile(r"^(seed|smoke|threads|logger|callbacks|trainer)([./@]|$)")
-HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
-HASHED_WHERE_SET = ("gradient_compression",)  # came later; null leaves the hashes of earlier runs as they are
+HASHED_TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")  # others count where they are set
 
 
 def register_resolvers() -> None:
@@ -301,9 +304,13 @@ def decisive(cfg: DictConfig) -> dict[str, Any]:
     """What of a configuration decides the numbers of its run, as plain values; earlier stages left out."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    trainer = {key: plain["trainer"].get(key) for key in HASHED_TRAINER_KEYS}
-    trainer |= {key: value for key in HASHED_WHERE_SET if (value := plain["trainer"].get(key)) is not None}
-    return {**{key: plain.get(key) for key in HASHED_KEYS}, "trainer": trainer}
+    given, callbacks = plain["trainer"], plain.get("callbacks") or {}
+    trainer = {key: given.get(key) for key in HASHED_TRAINER_KEYS}
+    trainer |= {key: value for key, value in given.items() if key not in NEUTRAL_TRAINER and value is not None}
+    facts = {**{key: plain.get(key) for key in HASHED_KEYS}, "trainer": trainer}
+    facts["data"] = {key: value for key, value in plain["data"].items() if key not in NEUTRAL_DATA}
+    changing = {name: node for name, node in callbacks.items() if name not in NEUTRAL_CALLBACKS}
+    return facts | ({"callbacks": changing} if changing else {})
 
 
 def config_hash(cfg: DictConfig) -> str:

@@ -89,12 +89,12 @@ def test_wrong_sizes_are_refused() -> None:
         clip(embed_dim=3)
     with pytest.raises(ValueError, match="unknown sizes"):
         clip("RN50", depth=3)
-    with pytest.raises(ValueError, match="do not tile"):
-        small(vision_patch_size=7)
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        small(vision_patch_size=33)
     with pytest.raises(ValueError, match="no patches"):
         small(vision_layers=[1, 1])
     with pytest.raises(ValueError, match="total stride"):
-        small(vision_layers=[1, 1, 1], vision_patch_size=None, image_size=24)
+        small(vision_layers=[1, 1, 1], vision_patch_size=None, image_size=31)
 
 
 def test_quick_gelu_is_not_gelu() -> None:

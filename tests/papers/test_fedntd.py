@@ -82,7 +82,7 @@ def play(algorithm: FedAvg, rounds: int = 2, execution: str = "sequential") -> t
         for result, client in zip(results, own, strict=True):
             result.uploads = algorithm.upload(training, client, result)
         steps = torch.tensor([len(client["splits"]) for client in own])
-        finished = Round(received, chosen, torch.tensor(SIZES), steps, SGD, results, 8)
+        finished = Round(received, chosen, torch.tensor(SIZES), steps, SGD, results, 8, len(chosen) / 8)
         flat.load(algorithm.aggregate(state, finished))
     return flat.vector(), state
 
@@ -230,7 +230,7 @@ def test_running_statistics_are_local_and_averaged() -> None:
     results = ClientTraining(flat, FedAvg())(received, own, [{}, {}], SGD)
     assert all(torch.equal(value, before[name]) for name, value in flat.buffers().items())
     sizes, steps = torch.tensor(SIZES[:2]), torch.tensor([len(client["splits"]) for client in own])
-    mean = Round(received, torch.tensor([0, 2]), sizes, steps, SGD, results, 8, before).mean_buffers()
+    mean = Round(received, torch.tensor([0, 2]), sizes, steps, SGD, results, 8, 0.25, before).mean_buffers()
     name = "body.2.running_mean"
     expected = (23 * results[0].buffers[name] + 8 * results[1].buffers[name]) / 31
     torch.testing.assert_close(mean[name], expected)

@@ -74,7 +74,7 @@ def play(algorithm: FedAvg, rank: int = 0, world: int = 1) -> tuple[Tensor, dict
             result.uploads = algorithm.upload(training, client, result)
         sizes = torch.tensor([client["size"] for client in sampled])
         steps = torch.tensor([len(client["splits"]) for client in sampled])
-        finished = Round(flat.vector(), chosen, sizes, steps, sgd, results, 8)
+        finished = Round(flat.vector(), chosen, sizes, steps, sgd, results, 8, len(chosen) / 8)
         flat.load(algorithm.aggregate(state, finished))
     return flat.vector(), state
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from torch import Tensor
 from reprise.golden import GoldenCase, clip_gradients, load_case
 from reprise.papers.detr.parity import ADAPTERS as DETR
 from reprise.papers.fedntd.parity import ADAPTERS as FEDNTD
+from reprise.papers.incremental_detr.official import detector_of
 from reprise.papers.incremental_detr.parity import ADAPTERS as INCREMENTAL_DETR
 from reprise.papers.sam.parity import ADAPTERS as SAM
+from reprise.papers.smkd.parity import ADAPTERS as SMKD
 from reprise.papers.transformer.parity import ADAPTERS as TRANSFORMER
 from reprise.papers.vit.parity import ADAPTERS as VIT
 
-ADAPTERS = {**DETR, **FEDNTD, **INCREMENTAL_DETR, **SAM, **TRANSFORMER, **VIT}
+ADAPTERS = {**DETR, **FEDNTD, **INCREMENTAL_DETR, **SAM, **SMKD, **TRANSFORMER, **VIT}
 
 
 def stored(goldens: Path, name: str, **changes: Any) -> GoldenCase:
@@ -157,3 +160,87 @@ def test_every_algorithm_of_the_release_runs(goldens: Path) -> None:
         found = run(stored(goldens, "fedntd/rounds_fedavg", algo=name, **values))
         assert found.keys() == plain.keys()
         assert not torch.equal(found["round2/losses"], plain["round2/losses"]), name
+
+
+def second_stage(goldens: Path, **changes: Any) -> GoldenCase:
+    """A stage-2 case with random networks of other options."""
+    case = stored(goldens, "incremental_detr/inc_model", **changes)
+    weights: dict[str, Tensor] = {}
+    for branch in ("", "_base"):
+        state = detector_of(case.config, case.config["num_classes"]).state_dict()
+        for key, value in state.items():
+            first, _, rest = key.partition(".")
+            name = f"{first}{branch}.{rest}" if first != "query_embed" else key
+            random = torch.rand_like(value) if key.endswith("running_var") else torch.randn_like(value) / 8
+            weights[name.replace("decoder.bbox_embed.", f"decoder.bbox_embed{branch}.")] = random
+    return replace(case, weights=weights)
+
+
+def test_the_release_distils_the_first_level_alone(goldens: Path) -> None:
+    grads = [f"input_proj.{level}.0.weight" for level in range(3)]
+    found = run(second_stage(goldens, num_feature_levels=3, grads=grads))
+    assert found["grad_loss_kd_only_input_proj.0.0.weight"].abs().max() > 0
+    assert found["grad_loss_kd_only_input_proj.2.0.weight"].abs().max() == 0
+
+
+def test_the_released_teacher_does_not_refine_its_boxes(goldens: Path) -> None:
+    case = second_stage(goldens, with_box_refine=True)
+    found = run(case)
+    heads = [key for key in case.weights if key.startswith("transformer_base.decoder.bbox_embed_base.")]
+    assert heads
+    other = run(replace(case, weights={key: value for key, value in case.weights.items() if key not in heads}))
+    assert torch.equal(found["boxes_base"], other["boxes_base"])
+    assert found["boxes"].shape == found["boxes_base"].shape
+
+
+def test_a_pairing_that_the_release_cannot_do_has_no_released_value(goldens: Path) -> None:
+    case = stored(goldens, "incremental_detr/inc_class_kd")
+    scenarios = [dict(one) for one in case.config["scenarios"]]
+    scenarios[0]["target_counts"] = [2, 0]  # two rows against three
+    inputs = {**case.inputs, "s0_tgt1_boxes": torch.zeros(0, 4), "s0_tgt1_labels": torch.zeros(0, dtype=torch.int64)}
+    found = run(replace(case, config={**case.config, "scenarios": scenarios}, inputs=inputs))
+    assert "s0_loss_cls_kd" not in found
+    assert {"s0_loss_intended", "s0_loss_producer", "s1_loss_cls_kd"} <= found.keys()
+
+
+def test_the_optional_classifier_is_trained_with_the_student(goldens: Path) -> None:
+    options = {"supervised_loss": True, "celoss_coefficient": 1.0, "run_epochs": 2}
+    case = stored(goldens, "smkd/train_phase2", **options)
+    width = case.config["head"]["out_dim"]
+    head = {"ce_loss.linear.weight": torch.randn(5, width), "ce_loss.linear.bias": torch.zeros(5)}
+    found = run(replace(case, weights={**case.weights, **head}))
+    for name, value in head.items():
+        assert not torch.equal(found[f"final/{name}"], value)
+        assert (found[f"final/{name}"] - value).abs().max() < 0.1
+
+
+def test_epsilon_is_added_as_tensorflow_does(goldens: Path) -> None:
+    case = stored(goldens, "transformer/train_steps", epsilon=0.1, steps=1)
+    found, rate = run(case), float(run(case)["lr"][0])
+    beta2 = case.config.get("beta2", 0.98)
+    beta1 = case.config.get("beta1", 0.9)
+    name = next(name for name in case.weights if name.endswith("q/kernel"))
+    tiny = run(stored(goldens, "transformer/train_steps", epsilon=1e-30, steps=1))
+    assert torch.allclose((tiny[f"final/{name}"] - case.weights[name]).abs().max(), torch.tensor(rate), rtol=1e-2)
+    moved = case.weights[name] - found[f"final/{name}"]
+    scale = rate * np.sqrt(1 - beta2) / (1 - beta1)
+    gradient = moved * 0.1 / (scale * (1 - beta1) - moved * np.sqrt(1 - beta2) * moved.sign())  # solved for g
+    expected = scale * (1 - beta1) * gradient / (np.sqrt(1 - beta2) * gradient.abs() + 0.1)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-9)
+    assert gradient.abs().max() < 10
+
+
+def test_the_released_signal_is_computed_in_float32(goldens: Path) -> None:
+    case = stored(goldens, "transformer/timing_signal", settings=[[10, 32, 1.0, 1e4, 1000]])
+    count = 16
+    increment = np.float32(np.log(1e4) / (count - 1))
+    scale = np.exp(-np.arange(count, dtype=np.float32) * increment)
+    angle = np.arange(1000, 1010, dtype=np.float32)[:, None] * scale
+    expected = np.concatenate([np.sin(angle), np.cos(angle)], 1)
+    np.testing.assert_allclose(run(case)["signal0"][0].numpy(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_an_unknown_option_of_the_rate_is_an_error(goldens: Path) -> None:
+    setting = {"hparams_set": "v3", "steps": [5], "override": {"learning_rate_schedule": "legacy"}}
+    with pytest.raises(ValueError, match="learning_rate_schedule"):
+        run(stored(goldens, "transformer/learning_rate", settings=[setting]))

@@ -43,13 +43,13 @@ def minibatch_sizes(items: int, batch_size: int, epochs: int) -> list[int]:
 class RoundLoader:
     """Communication rounds `start .. steps-1` as one rank sees them.
 
-    A batch holds, equal on all ranks, `round` (int) and for the S sampled clients `clients`, `sizes` (items) and
-    `steps` (local mini-batches), int64 [S]; and under `local` this rank's clients, slots rank, rank + world, ... of
-    `clients` (so any number of ranks works, and a rank may have none). A client is a dict: `slot`, `client`, `size`
-    (ints); `image` [U, C, H, W], `label` [U] and `index` [U], its items; `order` int64 [V], the rows of all its visits,
-    epoch after epoch; `splits`, the lengths of the mini-batches that `order` is cut into. With augmentation every visit
-    has its own row (U = V), otherwise U is the client's number of items. `index` at the top is all of this rank's item
-    indices.
+    A batch holds, equal on all ranks, `round` (int), `sample_ratio` (float) and for the S sampled clients `clients`,
+    `sizes` (items) and `steps` (local mini-batches), int64 [S]; and under `local` this rank's clients, slots rank, rank
+    + world, ... of `clients` (so any number of ranks works, and a rank may have none). A client is a dict: `slot`,
+    `client`, `size` (ints); `image` [U, C, H, W], `label` [U] and `index` [U], its items; `order` int64 [V], the rows
+    of all its visits, epoch after epoch; `splits`, the lengths of the mini-batches that `order` is cut into. With
+    augmentation every visit has its own row (U = V), otherwise U is the client's number of items. `index` at the top is
+    all of this rank's item indices.
 
     Args:
         source: the training items.
@@ -88,6 +88,7 @@ class RoundLoader:
         index = [part["index"] for part in local]
         return {
             "round": step,
+            "sample_ratio": self.sample_ratio,
             "clients": torch.from_numpy(clients),
             "sizes": torch.tensor(sizes),
             "steps": torch.tensor(steps),

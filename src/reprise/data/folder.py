@@ -128,18 +128,9 @@ class FolderEvalLoader(EvalLoader):
     source: FolderSource
     workers: int = 0
 
-    def _requests(self) -> list[list[tuple[int, int | None]]]:
-        mine = range(self.rank, len(self.source), self.world)
-        return [
-            [(item, None) for item in mine[first : first + self.batch_size]]
-            for first in range(0, len(mine), self.batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._requests())
-
     def __iter__(self) -> Iterator[Batch]:
-        return iter(_torch_loader(self.source, self._requests(), self.workers))
+        requests = [[(item, None) for item in batch.tolist()] for batch in self._batches()]
+        return iter(_torch_loader(self.source, requests, self.workers))
 
 
 def _torch_loader(source: FolderSource, requests: Any, workers: int) -> DataLoader[Sample]:

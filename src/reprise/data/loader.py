@@ -77,10 +77,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 def step_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Indices of the global batch of one step, int64 [batch_size]; batches run on across epoch borders."""
     first, last = step * batch_size, (step + 1) * batch_size - 1
-    epochs = range(first // count, last // count + 1)
-    order = torch.cat([_cached_order(count, seed, epoch) for epoch in epochs])
-    start = first - epochs.start * count
-    return order[start : start + batch_size]
+    parts = []
+    for epoch in range(first // count, last // count + 1):
+        start, stop = max(first - epoch * count, 0), min(last + 1 - epoch * count, count)
+        parts.append(_cached_order(count, seed, epoch)[start:stop])
+    return torch.cat(parts)
 
 
 _orders: dict[tuple[int, int, int], Tensor] = {}

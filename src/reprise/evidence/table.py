@@ -134,7 +134,15 @@ def to_json(rows: Sequence[PaperRow]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
 
 
-_HEAD = ("paper", "family", "scales", "golden cases", "sizes", *GUARANTEES, *(f"{scale} scale" for scale in VERDICT_SCALES))
+_HEAD = (
+    "paper",
+    "family",
+    "scales",
+    "golden cases",
+    "sizes",
+    *GUARANTEES,
+    *(f"{scale} scale" for scale in VERDICT_SCALES),
+)
 
 
 def _cells(row: PaperRow) -> list[str]:

@@ -207,6 +207,10 @@ def _may_count(run: RunRecord, claim: ScaledClaim) -> bool:
 def _conclusion(label: str, primary: ContrastResult, seeds: list[int], claimed: Sequence[int]) -> tuple[Outcome, str]:
     if label == "smoke":
         return "inconclusive", "A smoke run proves the wiring, not the claim."
+    if primary.unpaired:
+        lacking = ", ".join(map(str, primary.unpaired))
+        reason = f"Seeds without a finished run of every arm: {lacking}. Of the others alone: {primary.reason}"
+        return "inconclusive", reason[:-1] + f" ({primary.verdict})."
     if seeds == sorted(claimed):
         return primary.verdict, primary.reason
     shown = [", ".join(map(str, each)) for each in (seeds, sorted(claimed))]

@@ -40,6 +40,8 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
     def _over_all_ranks(self, value: Tensor) -> Tensor:
         reduced = [dim for dim in range(value.dim()) if dim != 1]
         shape = [1, -1] + [1] * (value.dim() - 2)
+        given = value.dtype
+        value = value.to(torch.promote_types(given, torch.float32))  # the sums are over many values
         count = value.numel() // value.shape[1] * world_size()
         mean = all_reduce_sum_with_gradient(value.sum(reduced)) / count
         centred = value - mean.view(shape)
@@ -52,9 +54,9 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.weight is None:
-            return normalised
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
+        if self.weight is not None:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(given)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):

@@ -29,6 +29,7 @@ def timing_signal(
     """The released signal (tensor2tensor): all sines, then all cosines, at dim // 2 timescales.
 
     The timescales are a geometric series that holds both ends; an odd `dim` gets one channel of zeros at the end.
+    Computed in float32, as released: far from the start the angles are rounded by more than an ulp of their sine.
 
     Args:
         start: position of the first row.
@@ -38,7 +39,7 @@ def timing_signal(
     """
     count = dim // 2
     increment = math.log(max_timescale / min_timescale) / max(count - 1, 1)
-    scale = min_timescale * torch.exp(-increment * torch.arange(count, dtype=torch.float64))
-    angle = torch.arange(start, start + length, dtype=torch.float64).unsqueeze(1) * scale
+    scale = min_timescale * torch.exp(-increment * torch.arange(count, dtype=torch.float32))
+    angle = torch.arange(start, start + length, dtype=torch.float32).unsqueeze(1) * scale
     rest = angle.new_zeros(length, dim - 2 * count)
-    return torch.cat([angle.sin(), angle.cos(), rest], dim=1).float()
+    return torch.cat([angle.sin(), angle.cos(), rest], dim=1)

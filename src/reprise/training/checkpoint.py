@@ -118,6 +118,7 @@ class ExactCheckpoint(Callback):
         self.folder = Path("checkpoints")  # set by the run
         self.identity: dict[str, str] = {}
         self.saved_step = 0
+        self.agreed = False  # on several ranks: that it is time for a checkpoint (`StopBetweenSteps` asks rank 0)
         self._saved_at = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -127,15 +128,18 @@ class ExactCheckpoint(Callback):
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         by_steps = self.every_steps is not None and step % self.every_steps == 0
-        by_time = self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds
-        return by_steps or bool(trainer.strategy.broadcast(by_time) if trainer.world_size > 1 else by_time)
+        return by_steps or (self.agreed if trainer.world_size > 1 else self.is_time())
+
+    def is_time(self) -> bool:
+        """Whether the newest checkpoint of this process is `every_seconds` old."""
+        return self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds
 
     def save(self, trainer: Trainer, step: int) -> Path:
         """Write the checkpoint of a moment between two steps; collective over all ranks."""
         path = self.folder / f"step={step:09d}.ckpt"
         self._step = step
         trainer.save_checkpoint(path)
-        self.saved_step, self._saved_at = step, time.monotonic()
+        self.saved_step, self._saved_at, self.agreed = step, time.monotonic(), False
         if trainer.is_global_zero:
             self._tidy(path)
         return path

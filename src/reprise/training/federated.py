@@ -290,7 +290,7 @@ class Round:
         clients, sizes, steps: of ALL S sampled clients: who, how many items, how many local steps; [S].
         sgd: the local optimizer of the round.
         results: of this rank's clients.
-        num_clients: K.
+        num_clients: K; sample_ratio: the configured S / K.
         statistics: the global model's running statistics.
     """
 
@@ -301,6 +301,7 @@ class Round:
     sgd: LocalSGD
     results: Sequence[LocalResult]
     num_clients: int
+    sample_ratio: float
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -308,6 +309,11 @@ class Round:
         """n_k / sum of n over the sampled clients, float32 [S]."""
         sizes = self.sizes.to(self.received)
         return sizes / sizes.sum() if sizes.any() else torch.full_like(sizes, 1 / len(sizes))
+
+    @property
+    def effective_steps(self) -> Tensor:
+        """a_k of the sampled clients, float32 [S], at least 1 (`LocalSGD.effective_steps`)."""
+        return self.sgd.effective_steps(self.steps.to(self.received)).clamp(min=1)
 
     def total(self, term: Callable[[LocalResult], Tensor]) -> Tensor:
         """The sum of a term over the sampled clients of all ranks, [P]."""

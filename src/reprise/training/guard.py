@@ -25,9 +25,9 @@ class DivergenceGuard(Callback):
     the device; the run is deterministic, so repeating it from its last checkpoint with check_every=1 finds the module.
 
     Args:
-        check_every: steps between two looks at the gradients, and on an accelerator at the loss (on the CPU the loss of
-            every step is checked). Before a checkpoint is written loss and weights are always checked, so no
-            checkpoint holds a diverged state.
+        check_every: steps between two looks at the gradients (not those of float16, which are scaled), and on an
+            accelerator at the loss (on the CPU the loss of every step is checked). Before a checkpoint is written loss
+            and weights are always checked, so no checkpoint holds a diverged state.
     """
 
     def __init__(self, check_every: int = 10) -> None:
@@ -42,6 +42,8 @@ class DivergenceGuard(Callback):
         self._look_at(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # float16: a scaled gradient that overflows is expected now and then, and its step is skipped
         step = current_step(trainer)
         if (step + 1) % self.check_every == 0 and (found := bad_gradient(pl_module)) is not None:
             reason = f"the gradient became NaN or infinite at step {step}, first (backwards) in {found}"
@@ -153,7 +155,8 @@ def _last_bad(names: list[str], tensors: list[Tensor]) -> str | None:
     names, tensors = [n for n, t in zip(names, tensors, strict=True) if t.numel()], [t for t in tensors if t.numel()]
     if not tensors:  # of a sharded model a rank may hold nothing
         return None
-    norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm(tensors, torch.inf)])
+    device = tensors[0].device
+    norms = torch.stack([norm.float().to(device) for norm in torch._foreach_norm(tensors, torch.inf)])
     bad = (~torch.isfinite(norms)).nonzero().flatten().tolist()
     return names[bad[-1]] if bad else None
 

@@ -80,12 +80,15 @@ class SweepOutcome:
     """What became of the jobs of a sweep.
 
     Attributes:
+        jobs: all, with the earlier stages that they need.
+        asked: those that the sweep is about.
         stopped: the signal that ended it early.
         seconds: wall time.
         jobs_at_once: how many its launcher ran together; None where the launcher does not say.
     """
 
     jobs: list[Job]
+    asked: list[Job]
     skipped: list[Job] = field(default_factory=list)
     failed: list[tuple[Job, str]] = field(default_factory=list)
     dry_run: bool = False
@@ -97,11 +100,11 @@ class SweepOutcome:
 def run_jobs(jobs: list[Job], launcher: Any, *, dry_run: bool = False, jobs_at_once: int | None = None) -> SweepOutcome:
     """Run what is not finished yet, earlier stages first; one failed job stops only those that continue from it."""
     _refuse_collisions(jobs)
-    waves = in_waves(jobs)
+    asked, waves = jobs, in_waves(jobs)
     jobs = [job for wave in waves for job in wave]
     skipped = [job for job in jobs if job.finished]
     todo = [job for job in jobs if not job.finished]
-    outcome = SweepOutcome(jobs, skipped, dry_run=dry_run, jobs_at_once=jobs_at_once)
+    outcome = SweepOutcome(jobs, asked, skipped, dry_run=dry_run, jobs_at_once=jobs_at_once)
     console = Console(stderr=True)
     if dry_run:
         _list_jobs(jobs, Console())

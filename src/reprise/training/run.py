@@ -22,7 +22,7 @@ from reprise.data.module import DataModule
 from reprise.errors import CheckpointError, ConfigError, InterruptedRunError, RepriseError
 from reprise.seeding import seed_all
 from reprise.training.accumulation import accumulate
-from reprise.training.blocks import checkpoint_activations
+from reprise.training.blocks import checkpoint_activations, compile_blocks
 from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, callbacks_of, newest_checkpoint
 from reprise.training.diagnostics import Timing
 from reprise.training.instantiate import instantiate
@@ -184,7 +184,7 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
         if start < cfg.steps:
             parts.data.start_step = start
             if cfg.compile:
-                parts.module.compile()
+                compile_blocks(parts.module)
             trainer.fit(parts.module, datamodule=parts.data, ckpt_path=final, weights_only=True)
             final = checkpoint_of(trainer).save(trainer, cfg.steps)
         sharded = isinstance(trainer.strategy, ShardedStrategy)
@@ -310,7 +310,9 @@ def _unsharded(trainer: pl.Trainer, cfg: DictConfig, folder: RunFolder) -> pl.Tr
     return pl.Trainer(
         **{**_options(cfg, folder), "strategy": ddp(backend)},
         logger=trainer.loggers,
-        callbacks=[item for item in callbacks_of(trainer) if isinstance(item, Reseed | ProgressReport)],
+        callbacks=[
+            item for item in callbacks_of(trainer) if isinstance(item, Reseed | ProgressReport | StopBetweenSteps)
+        ],
     )
 
 

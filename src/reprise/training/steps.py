@@ -51,7 +51,7 @@ class StepMetrics(Callback):
 
         What a step logs again replaces it (SAM's second pass); from a batch in parts it is their mean.
         """
-        value = value.detach() if isinstance(value, Tensor) else value
+        value = value.detach().clone() if isinstance(value, Tensor) else value  # it is reduced in place
         value = self._trainer.strategy.reduce(value, reduce_op="mean") if sync_dist else value
         self._values[name] = [*self._values.get(name, []), value] if self._in_parts else [value]
 

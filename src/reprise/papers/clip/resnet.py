@@ -72,14 +72,15 @@ class ModifiedResNet(nn.Module):
     """Images [B, 3, R, R] to embeddings [B, E]; the features before the projection have 32 width (four stages).
 
     Args:
-        image_size: R, a multiple of the network's total stride (32 with four stages).
+        image_size: R, at least the network's total stride (32 with four stages).
         width: channels after the stem; stage i has planes width * 2^i.
         layers: blocks of each stage.
         heads: of the attention pool; width * 32 / 64 in all released models.
         norm: makes the normalisation of so many channels.
 
     Raises:
-        ValueError: the image is not a multiple of the total stride, or the heads do not divide the channels.
+        ValueError: the last feature map has not as many cells as the attention pool, one per total stride, or the heads
+            do not divide the channels.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class ModifiedResNet(nn.Module):
     ) -> None:
         super().__init__()
         stride, channels = 2 ** (len(layers) + 1), width * EXPANSION * 2 ** (len(layers) - 1)
-        if image_size % stride:
-            raise ValueError(f"an image of {image_size} pixels is not a multiple of the total stride {stride}")
+        cells = (image_size + 1) // 2 // 2 ** len(layers)  # the first convolution rounds up, the pools down
+        if not 0 < cells == image_size // stride:
+            raise ValueError(f"an image of {image_size} pixels does not fit the total stride {stride}")
         if channels % heads:
             raise ValueError(f"{heads} heads do not divide {channels} channels")
         self.image_size = image_size

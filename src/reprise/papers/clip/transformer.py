@@ -91,17 +91,17 @@ class VisionTransformer(nn.Module):
     blocks. Positions are interpolated nowhere: the image size is fixed.
 
     Args:
-        image_size: R, a multiple of `patch_size`.
+        image_size: R; what is left after whole patches is not looked at.
         heads: width / 64 in all released models.
 
     Raises:
-        ValueError: patches do not tile the image.
+        ValueError: the image is smaller than a patch.
     """
 
     def __init__(self, *, image_size: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"patches of {patch_size} do not tile an image of {image_size} pixels")
+        if image_size < patch_size:
+            raise ValueError(f"an image of {image_size} pixels is smaller than a patch of {patch_size}")
         self.image_size = image_size
         self.grid = image_size // patch_size
         scale = width**-0.5

@@ -33,7 +33,7 @@ def box_ops(case: GoldenCase) -> Tensors:
     iou, giou = pairwise_iou(a_xyxy, b_xyxy), pairwise_giou(a_xyxy, b_xyxy)
     (case.inputs["coef"] * giou).sum().backward()
     area_a, area_b = ((box[:, 2:] - box[:, :2]).prod(1) for box in (a_xyxy, b_xyxy))
-    union = (area_a[:, None] + area_b) / (1 + iou)  # from IoU = intersection / union
+    union = ((area_a[:, None] + area_b) / (1 + iou)).nan_to_num(0)  # IoU = intersection / union; 0 / 0 of two points
     values = {"a_xyxy": a_xyxy, "iou": iou, "union": union, "giou": giou, "a_back": xyxy_to_cxcywh(a_xyxy)}
     return {name: value.detach() for name, value in values.items()} | {"grad_a": gradient_of(a)}
 

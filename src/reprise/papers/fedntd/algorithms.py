@@ -32,6 +32,9 @@ class FedAvg:
 
     features: ClassVar[bool] = False  # whether `sample_losses` reads the model's features
 
+    def follow_release(self) -> None:
+        """Do as the released code does, where it departs from the method."""
+
     def init_state(self, weights: Tensor, num_clients: int) -> State:
         """The server's memory before the first round."""
         return {}
@@ -129,11 +132,34 @@ class FedNova(FedAvg):
     """Normalised averaging (Wang et al. 2020): w = w_g - (sum_k p_k a_k) sum_k p_k (w_g - w_k) / a_k.
 
     p_k = n_k / n, and a_k is the number of effective local steps under momentum.
+
+    Args:
+        variance_reduction: as the released configuration has it: each local gradient becomes g - d_k, where
+            d_k = (w_g - w_k) / (a_k lr) is the client's move when it last took part (the mean move that the release
+            means to add stays zero in it).
     """
 
+    variance_reduction: bool = False
+
+    def follow_release(self) -> None:
+        self.variance_reduction = True
+
+    def init_state(self, weights: Tensor, num_clients: int) -> State:
+        return {"moves": weights.new_zeros(num_clients, len(weights))} if self.variance_reduction else {}
+
+    def context(self, state: State, clients: Tensor, slot: int) -> Context:
+        return {"move": state["moves"][clients[slot]]} if self.variance_reduction else {}
+
+    def correct(self, gradient: Tensor, context: Context) -> Tensor:
+        return gradient - context["move"] if self.variance_reduction else gradient
+
     def aggregate(self, state: State, round: Round) -> Tensor:
-        steps = round.sgd.effective_steps(round.steps.to(round.received)).clamp(min=1)
+        steps = round.effective_steps
         share = round.share
+        if self.variance_reduction:
+            lengths = steps * round.sgd.lr
+            moves = round.rows(lambda result: (round.received - result.weights) / lengths[result.slot])
+            state["moves"][round.clients] = moves
         moved = round.total(lambda result: share[result.slot] / steps[result.slot] * (round.received - result.weights))
         return round.received - (share * steps).sum() * moved
 
@@ -143,8 +169,18 @@ class Scaffold(FedAvg):
     """Control variates (Karimireddy et al. 2020, option II): each local gradient becomes g - c_k + c.
 
     c_k+ = c_k - c + (w_g - w_k) / (a_k lr), where a_k are the effective local steps under momentum (as the release
-    divides), then c <- c + 1/K sum_k (c_k+ - c_k).
+    divides), then c <- c + S/K mean_k (c_k+ - c_k), for S of K clients.
+
+    Args:
+        adaptive: False: a_k are the local steps themselves.
+        released: take the configured ratio of sampled clients for S/K; they differ where ratio * K is not whole.
     """
+
+    adaptive: bool = True
+    released: bool = False
+
+    def follow_release(self) -> None:
+        self.released = True
 
     def init_state(self, weights: Tensor, num_clients: int) -> State:
         return {"control": torch.zeros_like(weights), "controls": weights.new_zeros(num_clients, len(weights))}
@@ -156,7 +192,7 @@ class Scaffold(FedAvg):
         return gradient + context["correction"]
 
     def aggregate(self, state: State, round: Round) -> Tensor:
-        steps = round.sgd.effective_steps(round.steps.to(round.received)).clamp(min=1)
+        steps = round.effective_steps if self.adaptive else round.steps.to(round.received).clamp(min=1)
         old, control = state["controls"][round.clients], state["control"]
 
         def updated(result: LocalResult) -> Tensor:
@@ -165,7 +201,8 @@ class Scaffold(FedAvg):
 
         new = round.rows(updated)
         state["controls"][round.clients] = new
-        state["control"] += (new - old).sum(0) / round.num_clients
+        share = round.sample_ratio if self.released else len(new) / round.num_clients
+        state["control"] += share * (new - old).mean(0)
         return round.mean_weights()
 
 
@@ -238,6 +275,9 @@ class FedCurv(FedAvg):
     lam: float = 1.0
     samples: int = 500
     cumulative: bool = False
+
+    def follow_release(self) -> None:
+        self.cumulative = True
 
     def init_state(self, weights: Tensor, num_clients: int) -> State:
         shape = (num_clients, len(weights))

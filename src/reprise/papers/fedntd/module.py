@@ -13,7 +13,7 @@ from reprise.data.federated import Federated
 from reprise.data.loader import Batch, EvalLoader
 from reprise.distributed import all_reduce_sum
 from reprise.errors import ConfigError
-from reprise.papers.fedntd.algorithms import FedAvg, FedCurv
+from reprise.papers.fedntd.algorithms import FedAvg
 from reprise.papers.fedntd.measures import class_hits, forgetting, in_and_out_local
 from reprise.papers.fedntd.model import FedAvgNet
 from reprise.training.federated import (
@@ -52,7 +52,7 @@ class FederatedClassifier(PaperModule):
             their clients' classes (`val/local_accuracy`, `val/in_local_accuracy`, `val/out_local_accuracy`); 0: never.
         client_execution: `sequential` or `batched`; both give the same weights.
         as_released: behave like the released code where it differs from the paper: the initial learning rate is
-            `released_lr`, and FedCurv's penalty forgets the clients that came earlier in a round.
+            `released_lr`, and FedCurv, FedNova and SCAFFOLD follow it (their `follow_release`).
         released_lr: the released initial learning rate; None keeps the optimizer's.
 
     Raises:
@@ -94,8 +94,8 @@ class FederatedClassifier(PaperModule):
         self.model: FedAvgNet = model
         self.flat = FlatModel(model)
         self.algorithm = _choose(algorithms, algorithm)
-        if isinstance(self.algorithm, FedCurv):
-            self.algorithm.cumulative = as_released
+        if as_released:
+            self.algorithm.follow_release()
         self.clients = ClientTraining(self.flat, self.algorithm, client_execution)
         self.num_clients, self.local_every = num_clients, local_every
         weights = self.flat.vector()
@@ -132,7 +132,7 @@ class FederatedClassifier(PaperModule):
         }
         client = {"slot": 0, "client": 0, "size": batch_size, "order": torch.arange(batch_size), "splits": [batch_size]}
         sampled = {"clients": torch.tensor([0]), "sizes": torch.tensor([batch_size]), "steps": torch.tensor([1])}
-        return {**items, "round": 0, **sampled, "local": [{**client, **items}]}
+        return {**items, "round": 0, "sample_ratio": 1 / self.num_clients, **sampled, "local": [{**client, **items}]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One communication round: the rank's clients train, the server aggregates over all ranks."""
@@ -147,6 +147,7 @@ class FederatedClassifier(PaperModule):
             sgd,
             results,
             self.num_clients,
+            batch["sample_ratio"],
             self.flat.buffers(),
         )
         self._measure_locals(batch, results)

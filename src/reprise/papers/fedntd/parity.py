@@ -132,8 +132,8 @@ def _partition(
         return dirichlet(train, clients, alpha=setting["alpha"], seed=seed), {}
     if method == "sharding_max":
         return sharding_max(train, clients, shards_per_client=setting["K"], seed=seed), {}
-    if method == "iid":
-        return iid(train, clients, seed=seed), {}
+    if method in ("iid", "centralized"):  # centralized: everything with one client
+        return iid(train, clients if method == "iid" else 1, seed=seed), {}
     raise ValueError(f"no partition {method!r}")
 
 
@@ -178,8 +178,8 @@ def _algorithm(config: Mapping[str, Any]) -> FedAvg:
         "fedkd": (FedKD, {"beta": "beta", "tau": "tau"}),
         "fedprox": (FedProx, {"mu": "mu"}),
         "fedavgm": (FedAvgM, {"avgm_beta": "beta"}),
-        "fednova": (FedNova, {}),
-        "scaffold": (Scaffold, {}),
+        "fednova": (FedNova, {"nova_ccvr": "variance_reduction"}),
+        "scaffold": (partial(Scaffold, released=True), {"adaptive_divison": "adaptive"}),
         "moon": (Moon, {"mu": "mu", "tau": "tau"}),
         "feddyn": (FedDyn, {"dyn_alpha": "alpha"}),
         "fedcurv": (partial(FedCurv, cumulative=True), {"size": "samples", "lam": "lam"}),
@@ -200,7 +200,7 @@ def _round(
         result.uploads = algorithm.upload(training, client, result)
     sizes = torch.tensor([client["size"] for client in clients])
     steps = torch.tensor([len(client["splits"]) for client in clients])
-    return Round(received, chosen, sizes, steps, sgd, results, case.config["n_clients"])
+    return Round(received, chosen, sizes, steps, sgd, results, case.config["n_clients"], case.config["sample_ratio"])
 
 
 def _client(case: GoldenCase, slot: int, client: int) -> dict[str, Any]:

@@ -226,9 +226,10 @@ class IncrementalCriterion(nn.Module):
     def feature_kd(
         self, found: Predictions, teacher: Predictions, targets: PaddedTargets, image_sizes: Tensor
     ) -> Tensor:
-        """L_feat^kd, the mean over levels."""
+        """L_feat^kd, the mean over levels; as released, of the first level alone."""
         losses = []
-        for ours, theirs, padding in zip(found.projected, teacher.projected, found.paddings, strict=True):
+        levels = list(zip(found.projected, teacher.projected, found.paddings, strict=True))
+        for ours, theirs, padding in levels[:1] if self.as_released else levels:
             size = ours.shape[-2:]
             if self.as_released:
                 rows = zip(targets.boxes, targets.counts, image_sizes.tolist(), strict=True)

@@ -15,6 +15,7 @@ from reprise.nn.state import fitting_state
 
 Branch = Literal["novel", "base"]
 SHARED = "query_embed"  # has no copy for the teacher
+REFINEMENT = "transformer.decoder.bbox_embed."  # the box heads once more, where the decoder refines boxes
 
 
 def import_weights(state: Mapping[str, Any], model: nn.Module, branch: Branch = "novel") -> dict[str, Tensor]:
@@ -31,8 +32,10 @@ def import_weights(state: Mapping[str, Any], model: nn.Module, branch: Branch = 
     """
     source = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     own = model.state_dict()
+    chosen = one_branch(source, branch)
+    copies = {key for key in chosen if key.startswith(REFINEMENT) and key not in own}  # of `bbox_embed`
     return fitting_state(
-        without_pseudo_class(one_branch(source, branch), own),
+        without_pseudo_class({key: value for key, value in chosen.items() if key not in copies}, own),
         own,
         looked_at="the Incremental-DETR checkpoint",
         next_step="choose the backbone, the numbers of layers and levels and paper.model.box_refinement accordingly",
@@ -45,7 +48,10 @@ def one_branch(source: Mapping[str, Tensor], branch: Branch) -> dict[str, Tensor
     if not teacher or branch == "novel":
         return {key: value for key, value in source.items() if key not in teacher}
     shared = {key: value for key, value in source.items() if key.startswith(f"{SHARED}.")}
-    return shared | {key.replace("_base.", ".", 1): value for key, value in teacher.items()}
+    return shared | {
+        key.replace("_base.", ".", 1).replace(REFINEMENT[:-1] + "_base.", REFINEMENT): value
+        for key, value in teacher.items()
+    }
 
 
 def without_pseudo_class(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -238,7 +238,17 @@ class TrainingLoop:
             objective_of(self.config),
             temperatures_of(self.config),
         )
-        self.optimizer = torch.optim.AdamW(decay_groups(self.student), lr=0.0)
+        self.classifier = self._classifier()  # trained with the student, outside of its gradient clipping
+        decayed, kept = decay_groups(self.student)
+        decayed["params"] += self.classifier.values()
+        self.optimizer = torch.optim.AdamW([decayed, kept], lr=0.0)
+
+    def _classifier(self) -> dict[str, nn.Parameter]:
+        """Weight and bias of the optional cross-entropy, by their names in the case's file; empty where it is off."""
+        if not (self.config.get("supervised_loss") and self.config.get("celoss_coefficient")):
+            return {}
+        names = [key for kind in ("weight", "bias") for key in self.case.weights if key.endswith(f"linear.{kind}")]
+        return {name: nn.Parameter(self.case.weights[name].clone()) for name in names}
 
     def scheduled(self, step: int) -> tuple[float, float, float]:
         """Learning rate, weight decay and teacher momentum of an iteration."""
@@ -267,7 +277,8 @@ class TrainingLoop:
         found["lr_wd_m"] = torch.tensor([rate, decay, momentum], dtype=torch.float64)
         found |= {"center": self.distillation.center, "center2": self.distillation.patch_center}
         state = self.state()
-        wanted = {f"{part}.{name}" for part in ("student", "teacher") for name in self.config.get("track", ())}
+        track = self.config.get("track", ())
+        wanted = {f"{part}.{name}" for part in ("student", "teacher") for name in track} | set(track)
         found |= {name: value for name, value in state.items() if name in wanted}
         return {prefix + name: value.detach().clone() for name, value in found.items()}
 
@@ -282,24 +293,23 @@ class TrainingLoop:
         )
         parts = self.distillation(views, inputs["labels"], epoch)
         total = parts.total
-        if self.config.get("supervised_loss") and self.config.get("celoss_coefficient"):
-            weight, bias = (
-                next(value for key, value in self.case.weights.items() if key.endswith(f"linear.{name}"))
-                for name in ("weight", "bias")
-            )
-            logits = F.linear(views.student.cls, weight, bias)
+        if self.classifier:
+            logits = F.linear(views.student.cls, *self.classifier.values())
             extra = prototype_cross_entropy(logits, inputs["labels"], as_released=True)
             total = total + self.config["celoss_coefficient"] * extra
         return (parts.cls, parts.patch, parts.mim), total
 
     def _gradients(self) -> Tensors:
-        parameters = dict(self.student.named_parameters())
+        parameters = dict(self.student.named_parameters()) | self.classifier
         chosen = {name: parameters[name].grad for name in self.config.get("grads", ()) if name in parameters}
         return {f"grad_{name}": value.clone() for name, value in chosen.items() if value is not None}
 
     def state(self) -> Tensors:
         parts = {"student": self.student, "teacher": self.teacher}
-        return {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
+        states = {
+            f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()
+        }
+        return states | {name: parameter.detach() for name, parameter in self.classifier.items()}
 
 
 def train(case: GoldenCase) -> Tensors:

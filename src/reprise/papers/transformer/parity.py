@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ Tensors = dict[str, Tensor]
 
 # What the released hyper-parameter sets say: base rate and warm-up steps. `base` is the newest, v3.
 RATES = {"v1": (0.1, 4000), "v2": (0.2, 8000), "v3": (2.0, 8000), "base": (2.0, 8000)}
+RATE_OPTIONS = ("learning_rate", "learning_rate_constant", "learning_rate_warmup_steps")
 HIDDEN_SIZE = 512
 
 
@@ -115,7 +117,7 @@ def train_steps(case: GoldenCase) -> Tensors:
     """Adam updates under the warm-up schedule."""
     network, config = loaded_transformer(case), case.config
     betas = config.get("beta1", 0.9), config.get("beta2", 0.98)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1.0, betas=betas, eps=config.get("epsilon", 1e-9))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1.0, betas=betas)
     override = {"hidden_size": config["hidden_size"]}
     override |= {"learning_rate_warmup_steps": config["warmup"]} if "warmup" in config else {}
     schedule = LambdaLR(optimizer, lambda step: released_rate(config.get("hparams_set", "v1"), step, override))
@@ -127,7 +129,10 @@ def train_steps(case: GoldenCase) -> Tensors:
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.detach())
-        rates.append(optimizer.param_groups[0]["lr"])
+        group = optimizer.param_groups[0]
+        rates.append(group["lr"])
+        # TensorFlow adds epsilon to the root before the correction of its bias, PyTorch after it
+        group["eps"] = config.get("epsilon", 1e-9) / math.sqrt(1 - betas[1] ** (step + 1))
         optimizer.step()
         schedule.step()
     final = export_weights(network.state_dict(), network, case.weights)
@@ -152,9 +157,11 @@ def released_rate(hparams_set: str, step: int, override: Mapping[str, Any]) -> f
     v1 and v2 count updates from 1; v3 counts them from 0, so that its first update has rate 0.
 
     Raises:
-        ValueError: a set that was not released.
+        ValueError: a set that was not released, or an override of the rate that is not known here.
     """
     _check_released(hparams_set)
+    if unknown := {name for name in override if name.startswith(("learning_rate", "optimizer"))} - set(RATE_OPTIONS):
+        raise ValueError(f"the rate does not know {', '.join(sorted(unknown))}; it reads {', '.join(RATE_OPTIONS)}")
     base, warmup = RATES[hparams_set]
     dim, warmup = override.get("hidden_size", HIDDEN_SIZE), int(override.get("learning_rate_warmup_steps", warmup))
     if hparams_set in ("v1", "v2"):

@@ -120,6 +120,8 @@ def _schedule(
     total, warmup = config["total_steps"], config["warmup_steps"]
     if config["decay_type"] == "cosine":
         return schedules.cosine(optimizer, total_steps=total, warmup_steps=warmup)
+    if config["decay_type"] != "linear":
+        raise ValueError(f"no decay {config['decay_type']!r}; there are cosine and linear")
     end = config.get("linear_end", LINEAR_END) / base
     return schedules.linear(optimizer, total_steps=total, warmup_steps=warmup, final_factor=end)
 
