@@ -119,6 +119,18 @@ def test_the_hash_covers_what_decides_and_nothing_else() -> None:
     assert len({config_hash(compose(["experiment=vit/small", *more])) for more in other} | {base}) == len(other) + 1
 
 
+def test_what_is_not_known_to_be_neutral_makes_another_run() -> None:
+    plain = compose(["experiment=vit/small"])
+    swa = "+callbacks.swa={_target_: pytorch_lightning.callbacks.StochasticWeightAveraging, swa_lrs: 0.1}"
+    for more in ("+trainer.limit_test_batches=1", "+trainer.gradient_clip_algorithm=value", swa):
+        cfg = compose(["experiment=vit/small", more])
+        assert config_hash(cfg) != config_hash(plain)
+        assert run_dir(cfg) != run_dir(plain)
+    assert config_hash(compose(["experiment=moco/paper", "data.workers=2"])) == config_hash(
+        compose(["experiment=moco/paper"])
+    )
+
+
 def test_run_folders_are_named_by_paper_scale_arm_and_seed() -> None:
     path = run_dir(compose(["experiment=vit/small", "arm=cnn", "seed=4"]))
     assert path.parts[-4:] == ("vit", "small", "cnn", "seed=4")

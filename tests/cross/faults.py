@@ -27,6 +27,24 @@ class SignalAfterStep:
 
 
 @dataclass(frozen=True)
+class SignalInTest:
+    """The process gets a signal in the test, after its first batch."""
+
+    number: signal.Signals
+
+    def __call__(self) -> None:
+        from reprise.training.interrupt import StopBetweenSteps
+
+        def hook(self: Any, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0) -> None:
+            if index == 0:
+                os.kill(os.getpid(), number)
+
+        number, patched = self.number, StopBetweenSteps
+        vars_of: Any = patched
+        vars_of.on_test_batch_end = hook
+
+
+@dataclass(frozen=True)
 class KillDuringWrite:
     """SIGKILL in the middle of writing the `call`-th checkpoint."""
 

@@ -132,6 +132,20 @@ def test_preemption_saves_and_asks_for_another_start(reference: Reference, tmp_p
     continue_and_compare(reference, tmp_path)
 
 
+@pytest.mark.proves("resume", "stopped in the test")
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(("slug", "arm"), [in_every_run(slug == spread(4), slug, arm) for slug, arm in FIRST_ARMS])
+def test_preemption_in_the_test(reference: Reference, tmp_path: Path, stop: str) -> None:
+    run = reference.give_earlier_stages(tmp_path)
+    ended = children.run(reference.config, tmp_path, before=faults.SignalInTest(STOPS[stop]))
+    if ended.code == 0:  # its test has one batch
+        return
+    assert ended.code == 75, ended.messages
+    assert f"stopped by {stop} in the test" in ended.messages
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    continue_and_compare(reference, tmp_path)
+
+
 def complains_once(ended: children.Ended) -> bool:
     """One clear message and no traceback."""
     return ended.code == 1 and "Traceback" not in ended.messages and ended.messages.count("next step: free ") == 1

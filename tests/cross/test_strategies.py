@@ -26,7 +26,7 @@ from reprise.training.module import PaperModule
 from reprise.training.run import build
 from reprise.training.strategies import ShardedStrategy
 from tests.cross import faults
-from tests.cross.probes import Probe
+from tests.cross.probes import CountCompiledCalls, Probe
 from tests.cross.support import PAPERS, RECIPES, References, folder_of, in_every_run, metrics_of, smoke_config, spread
 from tests.cross.test_ranks import SMOKE, far_gradients, far_metrics, far_state, invariant, uneven
 
@@ -166,6 +166,17 @@ def test_compressed_gradients(slug: str, name: str, references: References, tmp_
     assert len(ranks) == 2
     assert not far_state(ranks[0]["module"], ranks[1]["module"])
     assert (run / "summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("slug", PAPERS)
+def test_what_is_compiled_is_what_trains(slug: str, tmp_path: Path) -> None:
+    cfg, calls = smoke_config(slug, "compile=true"), tmp_path / "calls"
+    calls.touch()
+    ended = children.run(children.write_config(cfg, tmp_path), tmp_path / "runs", before=CountCompiledCalls(calls))
+    assert ended.code == 0, ended.messages[-3000:]
+    assert calls.stat().st_size >= cfg.steps
 
 
 @pytest.mark.slow

@@ -145,6 +145,14 @@ def test_imagenet_evaluation_of_two_ranks_covers_every_item(imagenet: Path):
     assert sorted(int(i) for part in parts for batch in part for i in batch["index"]) == [0, 1, 2, 3]
 
 
+def test_ranks_have_equally_many_evaluation_batches(imagenet: Path):
+    module = make_imagenet(limit=5)
+    loader, source = module.test_dataloader(), module.source("train")
+    parts = [type(loader)(source, 2, rank, 2, workers=0) for rank in range(2)]  # three items and two
+    assert [len(list(part)) for part in parts] == [2, 2] == [len(part) for part in parts]
+    assert sorted(int(i) for part in parts for batch in part for i in batch["index"]) == list(range(5))
+
+
 def test_missing_and_foreign_imagenet(root: Path, imagenet: Path):
     with pytest.raises(DataError, match="2 class folders, not 1000"):
         make_imagenet(num_classes=1000).source("train")

@@ -116,6 +116,8 @@ def test_only_paired_seeds_count_and_the_others_are_named(workshop):
     verdict = make_verdict(workshop.runs, "toy_paper", "small")
     assert sorted(verdict.primary.differences) == [0, 1, 3, 4]
     assert verdict.primary.unpaired == [2]
+    assert verdict.verdict == "inconclusive", "who leaves out what failed, or stops in time, can always win"
+    assert "without a finished run of every arm: 2." in verdict.reason
     assert [(run.arm, run.seed, run.status) for run in verdict.missing] == [("control", 2, "damaged")]
     assert verdict.verdict == "inconclusive"
     assert "4 paired seeds" in verdict.reason

@@ -95,6 +95,16 @@ def test_sync_batch_norm_alone_is_batch_norm() -> None:
     torch.testing.assert_close(ours.eval()(value), theirs.eval()(value))
 
 
+def test_sync_batch_norm_sums_in_float32() -> None:
+    value = torch.randn(64, 5)
+    ours, theirs = SyncBatchNorm(5), nn.BatchNorm1d(5)
+    found = ours._over_all_ranks(value.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), theirs(value), atol=0.03, rtol=0.02)
+    assert ours.running_mean is not None
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, atol=1e-3, rtol=0)
+
+
 def test_groups_that_do_not_divide_the_batch() -> None:
     with pytest.raises(ConfigError, match="cannot be dealt"):
         SplitBatchNorm(3, splits=5)(_data()[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from contextlib import nullcontext
 from mmap import PAGESIZE, mmap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from reprise import config as configuration
 from reprise.errors import DivergedError
 from reprise.papers.vit.model import VisionTransformer
 from reprise.training.diagnostics import memory_meter, parameter_parts, squared_norms
-from reprise.training.guard import bad_gradient, bad_parameter
+from reprise.training.guard import DivergenceGuard, bad_gradient, bad_parameter
 from reprise.training.run import build, train
 
 SMOKE = ["experiment=vit/small", "smoke=true", "callbacks.checkpoint.every_steps=1"]
@@ -108,6 +110,26 @@ def test_a_bad_gradient_is_named_before_it_reaches_the_weights(monkeypatch: pyte
     monkeypatch.setattr(VisionTransformer, "__init__", poison)
     with pytest.raises(DivergedError, match=r"gradient became NaN or infinite at step 0, first \(backwards\) in model"):
         run("seed=2", "callbacks.divergence.check_every=1")
+
+
+@pytest.mark.parametrize("scaler", [None, object()])
+def test_an_overflow_of_scaled_gradients_is_no_divergence(scaler: object) -> None:
+    """float16 scales the loss until gradients overflow, then skips the step and scales less."""
+    guard, module = DivergenceGuard(check_every=1), build(configuration.compose(SMOKE)).module
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    trainer: Any = SimpleNamespace(
+        precision_plugin=SimpleNamespace(scaler=scaler),
+        fit_loop=SimpleNamespace(
+            epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(completed=0)))
+        ),
+        train_dataloader=None,
+        callbacks=[],
+        world_size=1,
+    )
+    stopped = pytest.raises(DivergedError, match="gradient became NaN or infinite")
+    with nullcontext() if scaler else stopped:
+        guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters()))
 
 
 def test_the_last_bad_tensor_is_the_first_in_the_backward_pass() -> None:

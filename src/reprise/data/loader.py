@@ -152,7 +152,8 @@ class StepLoader:
 class EvalLoader:
     """Every item once, in order; rank r of w gets items r, r+w, ... (so parts may differ in length by one).
 
-    All ranks have equally many batches, as a model that is divided over them (FSDP) needs.
+    All ranks have equally many batches, as a model that is divided over them (FSDP) needs; not so where a batch is one
+    item and the ranks do not divide the items.
     """
 
     source: Source
