@@ -66,7 +66,7 @@ class CountCompiledCalls:
                 handle.write(".")
             return module._call_impl(*args, **kwargs)
 
-        def instead_of_compiling(module: nn.Module) -> None:
+        def instead_of_compiling(module: nn.Module, **options: Any) -> None:
             module._compiled_call_impl = functools.partial(count, module)
 
         patched: Any = nn.Module

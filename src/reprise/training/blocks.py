@@ -36,14 +36,12 @@ def _is_row(members: list[nn.Module]) -> bool:
     return composed and len({type(member) for member in members}) == 1
 
 
-def compile_blocks(module: nn.Module) -> int:
-    """Compile the repeated blocks with torch.compile, each where it is called; without any, the whole of `model`.
+@contextmanager
+def compiled_blocks(module: nn.Module) -> Iterator[None]:
+    """While the body runs, the repeated blocks are compiled with torch.compile; without any, the whole of `model`.
 
-    Blocks are called by their forward in whatever way a paper calls its network, and one compilation serves all of a
-    kind, so that it takes seconds and not minutes.
-
-    Returns:
-        How many modules there are.
+    Blocks are called by their forward in whatever way a paper calls its network, and compiling them takes seconds and
+    not minutes. What follows training (second derivatives among it) is not compiled.
 
     Raises:
         ConfigError: there is neither.
@@ -56,8 +54,12 @@ def compile_blocks(module: nn.Module) -> int:
             next_step="set it to false",
         )
     for part in parts:
-        part.compile()
-    return len(parts)
+        part.compile(dynamic=False)  # blocks of other sizes are compiled again, not for any size
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def checkpoint_activations(module: nn.Module) -> int:

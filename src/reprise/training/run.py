@@ -22,7 +22,7 @@ from reprise.data.module import DataModule
 from reprise.errors import CheckpointError, ConfigError, InterruptedRunError, RepriseError
 from reprise.seeding import seed_all
 from reprise.training.accumulation import accumulate
-from reprise.training.blocks import checkpoint_activations, compile_blocks
+from reprise.training.blocks import checkpoint_activations, compiled_blocks
 from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, callbacks_of, newest_checkpoint
 from reprise.training.diagnostics import Timing
 from reprise.training.instantiate import instantiate
@@ -183,9 +183,8 @@ def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bo
         final = found[0] if found else None
         if start < cfg.steps:
             parts.data.start_step = start
-            if cfg.compile:
-                compile_blocks(parts.module)
-            trainer.fit(parts.module, datamodule=parts.data, ckpt_path=final, weights_only=True)
+            with compiled_blocks(parts.module) if cfg.compile else contextlib.nullcontext():
+                trainer.fit(parts.module, datamodule=parts.data, ckpt_path=final, weights_only=True)
             final = checkpoint_of(trainer).save(trainer, cfg.steps)
         sharded = isinstance(trainer.strategy, ShardedStrategy)
         if sharded:
