@@ -16,6 +16,7 @@ from reprise.evidence.cards import Card, load_card
 from reprise.evidence.claims import ScaledClaim, load_claim
 from reprise.evidence.diagnostics import ArmDiagnostics, diagnose
 from reprise.evidence.files import write_text
+from reprise.evidence.published import Comparison, comparisons
 from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
 from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict, read_verdict, write_verdict
 
@@ -58,6 +59,7 @@ class ScaleSection:
     runs: list[RunRecord]
     repeat: list[str]
     tuning: str
+    published: list[Comparison]
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _section(runs_dir: Path, slug: str, label: str, card: Card, seeds: Sequence[
         runs=runs,
         repeat=_repeat(verdict, claim, finished),
         tuning=claim.tuning,
+        published=comparisons(card, claim, verdict),
     )
 
 
