@@ -59,6 +59,10 @@ def test_a_scale_that_is_not_the_papers_has_no_published_difference(workshop):
     assert "published +" not in page(workshop, ROW, scales=("small",))
 
 
+def test_sentences_on_the_scales_are_apart(workshop):
+    assert "listed below. At the scale “small”" in page(workshop, ROW, scales=("paper", "small"))
+
+
 @pytest.mark.parametrize(
     ("scales", "said", "unsaid"),
     [

@@ -15,6 +15,7 @@ from reprise.evidence import figures, table
 from reprise.evidence.report import build_index, build_report
 from reprise.evidence.results import write_results
 from reprise.evidence.results_file import check_results, embed, read_results
+from reprise.evidence.versions import other_versions
 
 from .conftest import CARD, CLAIM
 
@@ -112,6 +113,35 @@ def test_a_report_of_broken_and_missing_runs(workshop):
     assert "out of &lt;memory&gt;" in html
     assert "no finished run" in html
     assert "reprise train experiment=toy_paper/small~steps=3 arm=method seed=1" in html
+
+
+def test_a_variant_without_a_finished_run_has_no_section(workshop):
+    workshop.run("method", 0, {}, scale="small~steps=none", status="failed", error="steps: not a number")
+    refused = "Evidence at the scale “small~steps=none”"
+    assert refused in build_report(workshop.runs, "toy_paper").read_text(), "all that there is"
+    workshop.run("method", 0, {}, scale="public", status="failed", error="out of memory")
+    workshop.run("method", 0, {"test/ap": 0.3, "test/nms_gain": 0.1}, scale="small~steps=3")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    assert refused not in html
+    assert "Evidence at the scale “public”" in html
+    assert "Evidence at the scale “small~steps=3”" in html
+
+
+def test_the_report_names_versions_that_constraints_do_not_install(workshop):
+    workshop.fill(SUPPORTED)
+    pins = workshop.root / "constraints.txt"
+    assert "other versions than" not in build_report(workshop.runs, "toy_paper").read_text(), "nothing is pinned"
+    pins.write_text("# every version\ntorch==2.14.1\nnumpy==2.4.6\n")
+    assert "other versions than" not in build_report(workshop.runs, "toy_paper").read_text()
+    pins.write_text("torch==2.15.0\nnumpy==2.4.6\n")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    assert "other versions than constraints.txt installs: torch 2.14.1 instead of 2.15.0.<" in html
+
+
+def test_names_and_local_parts_of_versions_are_compared_as_pip_does(workshop):
+    (workshop.root / "constraints.txt").write_text("torch==2.14.1\nhydra_core==1.3.8  # spelled another way\n")
+    assert other_versions({"torch": ["2.14.1+cu130"], "hydra-core": ["1.3.8"], "python": ["3.11.7"]}) == []
+    assert other_versions({"hydra-core": ["1.3.2", "1.3.8"]}) == ["hydra-core 1.3.2 instead of 1.3.8"]
 
 
 def test_the_report_repeats_the_command_as_it_was_typed(workshop):

@@ -19,6 +19,7 @@ from reprise.evidence.files import write_text
 from reprise.evidence.published import Comparison, comparisons
 from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
 from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict, read_verdict, write_verdict
+from reprise.evidence.versions import other_versions
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -58,6 +59,7 @@ class ScaleSection:
     diagnostics: list[ArmDiagnostics]
     runs: list[RunRecord]
     repeat: list[str]
+    other_versions: list[str]
     tuning: str
     published: list[Comparison]
 
@@ -96,7 +98,7 @@ def build_report(runs_dir: Path, slug: str, seeds: Mapping[str, Sequence[int]] |
     Raises:
         ConfigError: no such paper, no runs of it, or its card or claim is wrong.
     """
-    card, labels = load_card(slug), scale_labels(runs_dir, slug)
+    card, labels = load_card(slug), _reported(runs_dir, slug)
     if not labels:
         raise ConfigError(
             f"There are no runs of {slug} to report.",
@@ -132,6 +134,15 @@ def _index_row(runs_dir: Path, slug: str) -> IndexRow:
     return IndexRow(slug, card.title, card.family, verdicts)
 
 
+def _reported(runs_dir: Path, slug: str) -> list[str]:
+    """The scale labels, without variants that have no finished run (a refused value leaves such) if there are others."""
+    labels = scale_labels(runs_dir, slug)
+    kept = [
+        each for each in labels if "~" not in each or any(run.is_finished for run in find_runs(runs_dir, slug, each))
+    ]
+    return kept or labels
+
+
 def _section(runs_dir: Path, slug: str, label: str, card: Card, seeds: Sequence[int] | None) -> ScaleSection:
     claim, runs = load_claim(slug).at(label), find_runs(runs_dir, slug, label)
     verdict = make_verdict(runs_dir, slug, label, seeds)
@@ -148,6 +159,7 @@ def _section(runs_dir: Path, slug: str, label: str, card: Card, seeds: Sequence[
         diagnostics=_diagnostics(finished, {name: arm.label for name, arm in claim.arms.items()}, label),
         runs=runs,
         repeat=_repeat(verdict, claim, finished),
+        other_versions=other_versions(verdict.versions),
         tuning=claim.tuning,
         published=comparisons(card, claim, verdict),
     )
