@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from reprise.errors import ConfigError
-from reprise.evidence import figures, table
+from reprise.evidence import figures, formatting, table
 from reprise.evidence.report import build_index, build_report
 from reprise.evidence.results import write_results
 from reprise.evidence.results_file import check_results, embed, read_results
@@ -144,6 +144,24 @@ def test_names_and_local_parts_of_versions_are_compared_as_pip_does(workshop):
     assert other_versions({"hydra-core": ["1.3.2", "1.3.8"]}) == ["hydra-core 1.3.2 instead of 1.3.8"]
 
 
+def test_a_claim_of_less_has_a_true_minus_sign_everywhere(workshop):
+    primary = CLAIM["primary"] | {"plus": ["method"], "minus": ["control"], "direction": "lower", "margin": 0.05}
+    workshop.write_claim(CLAIM | {"primary": primary})
+    workshop.fill(SUPPORTED)
+    write_results(workshop.runs, "toy_paper")
+    written = [
+        build_report(workshop.runs, "toy_paper").read_text(),
+        build_index(workshop.runs).read_text(),
+        (workshop.experiment / "RESULTS.md").read_text(),
+        table.to_markdown(table.papers_table()),
+    ]
+    for text in map(unescape, written):
+        assert "< −0.05" in text
+        assert "-0.05" not in text.partition("<!-- verdicts")[0]
+    assert "the margin (−0.05)" in written[0]
+    assert formatting.claimed("lower", 0.0) == "< 0"
+
+
 def test_the_report_repeats_the_command_as_it_was_typed(workshop):
     typed = "reprise reproduce experiment=toy_paper/small trainer=gpu 'trainer.precision=32-true'"
     for seed in range(5):
@@ -169,6 +187,7 @@ def test_the_index_lists_papers_with_runs(workshop):
     outline(html)
     assert 'href="toy_paper/report.html"' in html
     assert "Supported" in html
+    assert "[+0.0898, +0.1182], claimed &gt; 0.02, 5 seeds" in html
     assert "not_a_paper" not in html
     workshop.write_card({"title": "half"})
     assert "card.yaml is not right" in build_index(workshop.runs).read_text()
@@ -258,10 +277,11 @@ def test_the_papers_table(workshop):
     assert (data["golden_passed"], data["golden_total"], data["sizes_matched"]) == (3, 4, 1)
     small = data["verdicts"]["small"]
     assert (small["verdict"], small["seeds"], small["date"]) == ("supported", [0, 1, 2, 3, 4], "2026-01-01")
+    assert (small["direction"], small["margin"], small["claimed"]) == ("higher", 0.02, "> 0.02")
     assert small["effect"] == pytest.approx(0.104)
     markdown = table.to_markdown(rows)
     assert "[Toys & Boxes](experiments/toy_paper/)" in markdown
-    assert "| 3/4 | 1/1 | – | – | supported: NMS gain +0.1040" in markdown
+    assert "| 3/4 | 1/1 | – | – | supported: NMS gain +0.1040 [+0.0898, +0.1182], claimed > 0.02, n=5" in markdown
     console = Console(width=200, record=True)
     console.print(table.render(rows))
     assert "supported" in console.export_text()

@@ -135,7 +135,7 @@ def _index_row(runs_dir: Path, slug: str) -> IndexRow:
 
 
 def _reported(runs_dir: Path, slug: str) -> list[str]:
-    """The scale labels, without variants that have no finished run (a refused value leaves such) if there are others."""
+    """The scale labels, less the variants without a finished run (a refused value leaves one), if others are there."""
     labels = scale_labels(runs_dir, slug)
     kept = [
         each for each in labels if "~" not in each or any(run.is_finished for run in find_runs(runs_dir, slug, each))

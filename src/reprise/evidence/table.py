@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reprise import discovery
 from reprise.evidence.files import read_json, read_yaml
-from reprise.evidence.formatting import interval, markdown_table, signed
+from reprise.evidence.formatting import claimed, interval, markdown_table, signed
 from reprise.evidence.records import GUARANTEES, read_record
 from reprise.evidence.results_file import read_results
 
@@ -25,6 +25,7 @@ class VerdictCell:
 
     Attributes:
         effect, ci: mean and 95 % t interval of the primary contrast, plus minus minus.
+        direction, margin, claimed: what the claim says of it, the last in words (`> 0.02`).
         seeds: the paired seeds it rests on.
         date: the day its last run finished.
     """
@@ -33,6 +34,9 @@ class VerdictCell:
     effect: float | None
     ci: tuple[float, float] | None
     contrast: str
+    direction: str
+    margin: float
+    claimed: str
     seeds: list[int]
     date: str | None
 
@@ -124,6 +128,9 @@ def _cell(content: Mapping[str, Any]) -> VerdictCell:
         effect=primary["mean"],
         ci=tuple(primary["ci"]) if primary["ci"] else None,
         contrast=primary["name"],
+        direction=primary["direction"],
+        margin=primary["margin"],
+        claimed=claimed(primary["direction"], primary["margin"]),
         seeds=[int(seed) for seed in primary["differences"]],
         date=content["date"],
     )
@@ -163,8 +170,11 @@ def _fraction(part: int | None, total: int | None) -> str:
 def _verdict_text(cell: VerdictCell | None) -> str:
     if cell is None:
         return "–"
-    effect = f"{cell.contrast} {signed(cell.effect)} {interval(cell.ci, sign=True)}"
-    return f"{cell.verdict}: {effect}, n={len(cell.seeds)}, {cell.date}"
+    return f"{cell.verdict}: {cell.contrast} {_effect(cell)}, n={len(cell.seeds)}, {cell.date}"
+
+
+def _effect(cell: VerdictCell) -> str:
+    return f"{signed(cell.effect)} {interval(cell.ci, sign=True)}, claimed {cell.claimed}"
 
 
 def to_markdown(rows: Sequence[PaperRow]) -> str:
