@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html import unescape
@@ -264,6 +265,13 @@ def test_data_cannot_close_its_comment(tmp_path):
     assert read_results(path)["small"]["statement"] == "a --> b ---- c"
 
 
+def printed(rows, width: int) -> str:
+    """The rows in a terminal of that width."""
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(table.render(rows, console.width))
+    return console.export_text()
+
+
 def test_the_papers_table(workshop):
     (bare,) = table.papers_table()
     assert (bare.golden_total, bare.sizes_total, bare.verdicts) == (None, None, {})
@@ -282,9 +290,20 @@ def test_the_papers_table(workshop):
     markdown = table.to_markdown(rows)
     assert "[Toys & Boxes](experiments/toy_paper/)" in markdown
     assert "| 3/4 | 1/1 | – | – | supported: NMS gain +0.1040 [+0.0898, +0.1182], claimed > 0.02, n=5" in markdown
-    console = Console(width=200, record=True)
-    console.print(table.render(rows))
-    assert "supported" in console.export_text()
+    assert "supported" in printed(rows, 200)
+
+
+def test_a_narrow_terminal_gets_a_block_a_paper(workshop):
+    workshop.fill(SUPPORTED)
+    write_results(workshop.runs, "toy_paper")
+    assert printed(table.papers_table(), 80).splitlines() == [
+        "toy_paper  detection",
+        "  scales: small, public, paper",
+        "  golden cases –, sizes –, resume –, ranks –",
+        "  small: supported (NMS gain)",
+        "    +0.1040 [+0.0898, +0.1182], claimed > 0.02",
+        "    n=5, 2026-01-01",
+    ]
 
 
 def test_the_report_shows_gradient_norms_and_timing(workshop):
