@@ -20,6 +20,7 @@ from reprise.evidence.versions import other_versions
 
 from .conftest import CARD, CLAIM
 
+TABLES = ("Contrasts", "Arms")
 SUPPORTED = [0.10, 0.12, 0.11, 0.09, 0.10]
 
 
@@ -98,6 +99,21 @@ def test_the_report_is_whole_and_self_contained(workshop):
         assert text in html, text
     for seed, gain in enumerate(SUPPORTED):
         assert f"<b>seed {seed}</b> +{gain:.4f}" in html
+
+
+def test_verdicts_and_seeds_stand_where_a_narrow_page_shows_them(workshop):
+    workshop.fill(SUPPORTED)
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    outline(html)
+    contrasts, arms = (re.search(rf'aria-label="{name} at small">.*?</table>', html, re.DOTALL)[0] for name in TABLES)
+    assert "<tr><th>Contrast</th><th>Verdict</th>" in contrasts
+    assert re.search(r'\(primary\)</span></th><td><span class="badge supported">', contrasts)
+    rows = re.findall(r"<tr.*?</tr>", arms, re.DOTALL)[1:]
+    assert len(rows) == 8, "two arms with two metrics, two rows each"
+    for above, below in zip(rows[::2], rows[1::2], strict=True):
+        assert above.count("<td") == 5
+        assert 'colspan="6"' in below
+        assert re.findall("<b>seed (.)</b>", below) == ["0", "1", "2", "3", "4"]
 
 
 def test_the_report_is_the_same_when_built_again(workshop):
