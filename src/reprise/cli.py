@@ -285,7 +285,8 @@ def papers(args: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(table.render(rows))
+        console = Console()
+        console.print(table.render(rows, console.width))
     return 0
 
 

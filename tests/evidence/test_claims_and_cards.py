@@ -45,6 +45,22 @@ def test_a_scale_may_test_a_statement_of_its_own(workshop):
     assert claim.at("paper").statement == "Something narrower."
 
 
+def test_a_scale_has_the_paragraphs_on_tuning_that_are_not_of_another_scale(workshop):
+    text = "On seeds 100 and 101.\nsmall: rate 0.1.\npublic: nothing tuned.\nSmall steps: more so at paper: scale.\n"
+    workshop.write_claim(changed(CLAIM, tuning=text))
+    claim = load_claim("toy_paper")
+    last = "Small steps: more so at paper: scale."
+    assert claim.at("small").tuning == f"On seeds 100 and 101. small: rate 0.1. {last}"
+    assert claim.at("public~steps=3").tuning == f"On seeds 100 and 101. public: nothing tuned. {last}"
+
+
+def test_every_scale_of_fedntd_tells_its_own_tuning_alone():
+    claim = load_claim("fedntd")
+    for scale in ("small", "public", "paper"):
+        assert claim.at(scale).tuning.startswith(f"{scale}: ")
+        assert claim.at(scale).tuning.count("not tuned") == (scale != "small")
+
+
 def test_contrast_sums_terms_and_reads_other_metrics():
     contrast = Contrast(
         name="interaction", metric="a", plus=["x", "y:b"], minus=["z", "x:b"], direction="higher", margin=0

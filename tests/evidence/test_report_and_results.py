@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html import unescape
@@ -11,13 +12,15 @@ import pytest
 from rich.console import Console
 
 from reprise.errors import ConfigError
-from reprise.evidence import figures, table
+from reprise.evidence import figures, formatting, table
 from reprise.evidence.report import build_index, build_report
 from reprise.evidence.results import write_results
 from reprise.evidence.results_file import check_results, embed, read_results
+from reprise.evidence.versions import other_versions
 
 from .conftest import CARD, CLAIM
 
+TABLES = ("Contrasts", "Arms")
 SUPPORTED = [0.10, 0.12, 0.11, 0.09, 0.10]
 
 
@@ -98,6 +101,21 @@ def test_the_report_is_whole_and_self_contained(workshop):
         assert f"<b>seed {seed}</b> +{gain:.4f}" in html
 
 
+def test_verdicts_and_seeds_stand_where_a_narrow_page_shows_them(workshop):
+    workshop.fill(SUPPORTED)
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    outline(html)
+    contrasts, arms = (re.search(rf'aria-label="{name} at small">.*?</table>', html, re.DOTALL)[0] for name in TABLES)
+    assert "<tr><th>Contrast</th><th>Verdict</th>" in contrasts
+    assert re.search(r'\(primary\)</span></th><td><span class="badge supported">', contrasts)
+    rows = re.findall(r"<tr.*?</tr>", arms, re.DOTALL)[1:]
+    assert len(rows) == 8, "two arms with two metrics, two rows each"
+    for above, below in zip(rows[::2], rows[1::2], strict=True):
+        assert above.count("<td") == 5
+        assert 'colspan="6"' in below
+        assert re.findall("<b>seed (.)</b>", below) == ["0", "1", "2", "3", "4"]
+
+
 def test_the_report_is_the_same_when_built_again(workshop):
     workshop.fill(SUPPORTED)
     first = build_report(workshop.runs, "toy_paper").read_bytes()
@@ -112,6 +130,53 @@ def test_a_report_of_broken_and_missing_runs(workshop):
     assert "out of &lt;memory&gt;" in html
     assert "no finished run" in html
     assert "reprise train experiment=toy_paper/small~steps=3 arm=method seed=1" in html
+
+
+def test_a_variant_without_a_finished_run_has_no_section(workshop):
+    workshop.run("method", 0, {}, scale="small~steps=none", status="failed", error="steps: not a number")
+    refused = "Evidence at the scale “small~steps=none”"
+    assert refused in build_report(workshop.runs, "toy_paper").read_text(), "all that there is"
+    workshop.run("method", 0, {}, scale="public", status="failed", error="out of memory")
+    workshop.run("method", 0, {"test/ap": 0.3, "test/nms_gain": 0.1}, scale="small~steps=3")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    assert refused not in html
+    assert "Evidence at the scale “public”" in html
+    assert "Evidence at the scale “small~steps=3”" in html
+
+
+def test_the_report_names_versions_that_constraints_do_not_install(workshop):
+    workshop.fill(SUPPORTED)
+    pins = workshop.root / "constraints.txt"
+    assert "other versions than" not in build_report(workshop.runs, "toy_paper").read_text(), "nothing is pinned"
+    pins.write_text("# every version\ntorch==2.14.1\nnumpy==2.4.6\n")
+    assert "other versions than" not in build_report(workshop.runs, "toy_paper").read_text()
+    pins.write_text("torch==2.15.0\nnumpy==2.4.6\n")
+    html = build_report(workshop.runs, "toy_paper").read_text()
+    assert "other versions than constraints.txt installs: torch 2.14.1 instead of 2.15.0.<" in html
+
+
+def test_names_and_local_parts_of_versions_are_compared_as_pip_does(workshop):
+    (workshop.root / "constraints.txt").write_text("torch==2.14.1\nhydra_core==1.3.8  # spelled another way\n")
+    assert other_versions({"torch": ["2.14.1+cu130"], "hydra-core": ["1.3.8"], "python": ["3.11.7"]}) == []
+    assert other_versions({"hydra-core": ["1.3.2", "1.3.8"]}) == ["hydra-core 1.3.2 instead of 1.3.8"]
+
+
+def test_a_claim_of_less_has_a_true_minus_sign_everywhere(workshop):
+    primary = CLAIM["primary"] | {"plus": ["method"], "minus": ["control"], "direction": "lower", "margin": 0.05}
+    workshop.write_claim(CLAIM | {"primary": primary})
+    workshop.fill(SUPPORTED)
+    write_results(workshop.runs, "toy_paper")
+    written = [
+        build_report(workshop.runs, "toy_paper").read_text(),
+        build_index(workshop.runs).read_text(),
+        (workshop.experiment / "RESULTS.md").read_text(),
+        table.to_markdown(table.papers_table()),
+    ]
+    for text in map(unescape, written):
+        assert "< −0.05" in text
+        assert "-0.05" not in text.partition("<!-- verdicts")[0]
+    assert "the margin (−0.05)" in written[0]
+    assert formatting.claimed("lower", 0.0) == "< 0"
 
 
 def test_the_report_repeats_the_command_as_it_was_typed(workshop):
@@ -139,6 +204,7 @@ def test_the_index_lists_papers_with_runs(workshop):
     outline(html)
     assert 'href="toy_paper/report.html"' in html
     assert "Supported" in html
+    assert "[+0.0898, +0.1182], claimed &gt; 0.02, 5 seeds" in html
     assert "not_a_paper" not in html
     workshop.write_card({"title": "half"})
     assert "card.yaml is not right" in build_index(workshop.runs).read_text()
@@ -215,6 +281,13 @@ def test_data_cannot_close_its_comment(tmp_path):
     assert read_results(path)["small"]["statement"] == "a --> b ---- c"
 
 
+def printed(rows, width: int) -> str:
+    """The rows in a terminal of that width."""
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(table.render(rows, console.width))
+    return console.export_text()
+
+
 def test_the_papers_table(workshop):
     (bare,) = table.papers_table()
     assert (bare.golden_total, bare.sizes_total, bare.verdicts) == (None, None, {})
@@ -228,13 +301,25 @@ def test_the_papers_table(workshop):
     assert (data["golden_passed"], data["golden_total"], data["sizes_matched"]) == (3, 4, 1)
     small = data["verdicts"]["small"]
     assert (small["verdict"], small["seeds"], small["date"]) == ("supported", [0, 1, 2, 3, 4], "2026-01-01")
+    assert (small["direction"], small["margin"], small["claimed"]) == ("higher", 0.02, "> 0.02")
     assert small["effect"] == pytest.approx(0.104)
     markdown = table.to_markdown(rows)
     assert "[Toys & Boxes](experiments/toy_paper/)" in markdown
-    assert "| 3/4 | 1/1 | – | – | supported: NMS gain +0.1040" in markdown
-    console = Console(width=200, record=True)
-    console.print(table.render(rows))
-    assert "supported" in console.export_text()
+    assert "| 3/4 | 1/1 | – | – | supported: NMS gain +0.1040 [+0.0898, +0.1182], claimed > 0.02, n=5" in markdown
+    assert "supported" in printed(rows, 200)
+
+
+def test_a_narrow_terminal_gets_a_block_a_paper(workshop):
+    workshop.fill(SUPPORTED)
+    write_results(workshop.runs, "toy_paper")
+    assert printed(table.papers_table(), 80).splitlines() == [
+        "toy_paper  detection",
+        "  scales: small, public, paper",
+        "  golden cases –, sizes –, resume –, ranks –",
+        "  small: supported (NMS gain)",
+        "    +0.1040 [+0.0898, +0.1182], claimed > 0.02",
+        "    n=5, 2026-01-01",
+    ]
 
 
 def test_the_report_shows_gradient_norms_and_timing(workshop):

@@ -114,7 +114,7 @@ class ScaleChanges(_Strict):
 
 @dataclass(frozen=True)
 class ScaledClaim:
-    """The claim as one scale tests it."""
+    """The claim as one scale tests it; `tuning` leaves out what belongs to another scale."""
 
     scale: str
     statement: str
@@ -198,8 +198,14 @@ class Claim(_Strict):
             primary=primary,
             secondary=self.secondary if changes.secondary is None else changes.secondary,
             seeds=changes.seeds,
-            tuning=self.tuning,
+            tuning=_tuning_at(self.tuning, scale),
         )
+
+
+def _tuning_at(text: str, scale: str) -> str:
+    """The lines of the text without those that begin with the name of another scale and a colon, as one paragraph."""
+    others = set(discovery.SCALES) - {scale}
+    return " ".join(line for line in text.splitlines() if line.partition(":")[0] not in others)
 
 
 def _check_scale(claim: ScaledClaim, known: list[str]) -> None:

@@ -19,6 +19,11 @@ def signed(value: float | None, digits: int = 4) -> str:
     return ABSENT if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
+def claimed(direction: str, margin: float) -> str:
+    """What a claim says of a difference, e.g. `> 0.02`, `< −0.05` or `< 0`."""
+    return f"> {margin:g}" if direction == "higher" else f"< {'−' if margin else ''}{margin:g}"
+
+
 def interval(ends: Interval | None, digits: int = 4, *, sign: bool = False) -> str:
     """`[low, high]`; a dash for None."""
     if ends is None:

@@ -16,8 +16,10 @@ from reprise.evidence.cards import Card, load_card
 from reprise.evidence.claims import ScaledClaim, load_claim
 from reprise.evidence.diagnostics import ArmDiagnostics, diagnose
 from reprise.evidence.files import write_text
+from reprise.evidence.published import Comparison, comparisons
 from reprise.evidence.runs import RunRecord, find_runs, papers_with_runs, scale_labels
 from reprise.evidence.verdict import ContrastResult, Verdict, cost, make_verdict, read_verdict, write_verdict
+from reprise.evidence.versions import other_versions
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -57,7 +59,9 @@ class ScaleSection:
     diagnostics: list[ArmDiagnostics]
     runs: list[RunRecord]
     repeat: list[str]
+    other_versions: list[str]
     tuning: str
+    published: list[Comparison]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def build_report(runs_dir: Path, slug: str, seeds: Mapping[str, Sequence[int]] |
     Raises:
         ConfigError: no such paper, no runs of it, or its card or claim is wrong.
     """
-    card, labels = load_card(slug), scale_labels(runs_dir, slug)
+    card, labels = load_card(slug), _reported(runs_dir, slug)
     if not labels:
         raise ConfigError(
             f"There are no runs of {slug} to report.",
@@ -130,6 +134,15 @@ def _index_row(runs_dir: Path, slug: str) -> IndexRow:
     return IndexRow(slug, card.title, card.family, verdicts)
 
 
+def _reported(runs_dir: Path, slug: str) -> list[str]:
+    """The scale labels, less the variants without a finished run (a refused value leaves one), if others are there."""
+    labels = scale_labels(runs_dir, slug)
+    kept = [
+        each for each in labels if "~" not in each or any(run.is_finished for run in find_runs(runs_dir, slug, each))
+    ]
+    return kept or labels
+
+
 def _section(runs_dir: Path, slug: str, label: str, card: Card, seeds: Sequence[int] | None) -> ScaleSection:
     claim, runs = load_claim(slug).at(label), find_runs(runs_dir, slug, label)
     verdict = make_verdict(runs_dir, slug, label, seeds)
@@ -146,7 +159,9 @@ def _section(runs_dir: Path, slug: str, label: str, card: Card, seeds: Sequence[
         diagnostics=_diagnostics(finished, {name: arm.label for name, arm in claim.arms.items()}, label),
         runs=runs,
         repeat=_repeat(verdict, claim, finished),
+        other_versions=other_versions(verdict.versions),
         tuning=claim.tuning,
+        published=comparisons(card, claim, verdict),
     )
 
 

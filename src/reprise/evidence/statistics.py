@@ -172,7 +172,7 @@ def _place(low: float, high: float, margin: float, threshold: str) -> tuple[Outc
 
 
 def _threshold(direction: str, margin: float) -> str:
-    return f"the margin ({_sign(direction) * margin:g})" if margin else "zero"
+    return f"the margin ({_sign(direction) * margin:g})".replace("-", "−") if margin else "zero"
 
 
 def _sign(direction: str) -> int:

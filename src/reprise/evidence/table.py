@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from reprise import discovery
 from reprise.evidence.files import read_json, read_yaml
-from reprise.evidence.formatting import interval, markdown_table, signed
+from reprise.evidence.formatting import claimed, interval, markdown_table, signed
 from reprise.evidence.records import GUARANTEES, read_record
 from reprise.evidence.results_file import read_results
 
 if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
+TABLE_COLUMNS = 160  # below, the cells of the table are a few words wide
 VERDICT_SCALES = ("small", "public", "paper")
 
 
@@ -25,6 +27,7 @@ class VerdictCell:
 
     Attributes:
         effect, ci: mean and 95 % t interval of the primary contrast, plus minus minus.
+        direction, margin, claimed: what the claim says of it, the last in words (`> 0.02`).
         seeds: the paired seeds it rests on.
         date: the day its last run finished.
     """
@@ -33,6 +36,9 @@ class VerdictCell:
     effect: float | None
     ci: tuple[float, float] | None
     contrast: str
+    direction: str
+    margin: float
+    claimed: str
     seeds: list[int]
     date: str | None
 
@@ -124,6 +130,9 @@ def _cell(content: Mapping[str, Any]) -> VerdictCell:
         effect=primary["mean"],
         ci=tuple(primary["ci"]) if primary["ci"] else None,
         contrast=primary["name"],
+        direction=primary["direction"],
+        margin=primary["margin"],
+        claimed=claimed(primary["direction"], primary["margin"]),
         seeds=[int(seed) for seed in primary["differences"]],
         date=content["date"],
     )
@@ -163,8 +172,11 @@ def _fraction(part: int | None, total: int | None) -> str:
 def _verdict_text(cell: VerdictCell | None) -> str:
     if cell is None:
         return "–"
-    effect = f"{cell.contrast} {signed(cell.effect)} {interval(cell.ci, sign=True)}"
-    return f"{cell.verdict}: {effect}, n={len(cell.seeds)}, {cell.date}"
+    return f"{cell.verdict}: {cell.contrast} {_effect(cell)}, n={len(cell.seeds)}, {cell.date}"
+
+
+def _effect(cell: VerdictCell) -> str:
+    return f"{signed(cell.effect)} {interval(cell.ci, sign=True)}, claimed {cell.claimed}"
 
 
 def to_markdown(rows: Sequence[PaperRow]) -> str:
@@ -173,8 +185,12 @@ def to_markdown(rows: Sequence[PaperRow]) -> str:
     return "\n".join(markdown_table(_HEAD, cells))
 
 
-def render(rows: Sequence[PaperRow]) -> Table:
-    """The table for the terminal."""
+def render(rows: Sequence[PaperRow], width: int) -> RenderableType:
+    """For a terminal of `width` columns: the table, or a block a paper where the table would be squeezed."""
+    return _wide(rows) if width >= TABLE_COLUMNS else _blocks(rows)
+
+
+def _wide(rows: Sequence[PaperRow]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -184,3 +200,27 @@ def render(rows: Sequence[PaperRow]) -> Table:
     for row in rows:
         table.add_row(f"[bold]{row.slug}[/]", *(Text(cell) for cell in _cells(row)))
     return table
+
+
+def _blocks(rows: Sequence[PaperRow]) -> Group:
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for row in rows:
+        parts.append(Text.assemble((row.slug, "bold"), f"  {row.family}" if row.family else ""))
+        parts += [Padding(Text(line), (0, 0, 0, 2 * depth), expand=False) for depth, line in _lines(row)]
+        parts.append(Text())
+    return Group(*parts[:-1])
+
+
+def _lines(row: PaperRow) -> Iterator[tuple[int, str]]:
+    """The lines of a paper's block below its name, each with the depth of its indent."""
+    counts = dict(zip(_HEAD[1:], _cells(row), strict=True))
+    yield 1, f"scales: {counts['scales']}"
+    yield 1, ", ".join(f"{name} {counts[name]}" for name in ("golden cases", "sizes", *GUARANTEES))
+    for scale, cell in row.verdicts.items():
+        yield 1, f"{scale}: {cell.verdict} ({cell.contrast})"
+        yield 2, _effect(cell)
+        yield 2, f"n={len(cell.seeds)}, {cell.date}"

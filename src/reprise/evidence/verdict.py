@@ -12,7 +12,7 @@ from reprise import discovery
 from reprise.evidence.claims import TUNING_SEEDS_FROM, Arm, Contrast, ScaledClaim, load_claim
 from reprise.evidence.configurations import one_configuration_an_arm
 from reprise.evidence.files import read_json, write_json
-from reprise.evidence.formatting import duration
+from reprise.evidence.formatting import claimed, duration
 from reprise.evidence.runs import RunRecord, find_runs
 from reprise.evidence.statistics import Interval, Outcome, Summary, compare, summarise
 from reprise.evidence.sweeps import read_sweep
@@ -69,7 +69,7 @@ class ContrastResult(_Record):
     @property
     def claimed(self) -> str:
         """What the claim says of the difference, e.g. `> 0.02`."""
-        return f"> {self.margin:g}" if self.direction == "higher" else f"< {-self.margin if self.margin else 0:g}"
+        return claimed(self.direction, self.margin)
 
 
 class MissingRun(_Record):
@@ -204,16 +204,16 @@ def _may_count(run: RunRecord, claim: ScaledClaim) -> bool:
     return is_verdicts and run.status != "moved aside" and run.arm in claim.arms
 
 
-def _conclusion(label: str, primary: ContrastResult, seeds: list[int], claimed: Sequence[int]) -> tuple[Outcome, str]:
+def _conclusion(label: str, primary: ContrastResult, seeds: list[int], claims: Sequence[int]) -> tuple[Outcome, str]:
     if label == "smoke":
         return "inconclusive", "A smoke run proves the wiring, not the claim."
     if primary.unpaired:
         lacking = ", ".join(map(str, primary.unpaired))
         reason = f"Seeds without a finished run of every arm: {lacking}. Of the others alone: {primary.reason}"
         return "inconclusive", reason[:-1] + f" ({primary.verdict})."
-    if seeds == sorted(claimed):
+    if seeds == sorted(claims):
         return primary.verdict, primary.reason
-    shown = [", ".join(map(str, each)) for each in (seeds, sorted(claimed))]
+    shown = [", ".join(map(str, each)) for each in (seeds, sorted(claims))]
     return primary.verdict, f"{primary.reason} The seeds {shown[0]} were named by hand; the claim's are {shown[1]}."
 
 

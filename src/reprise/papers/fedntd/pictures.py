@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from reprise.papers.fedntd.measures import forgetting
@@ -18,6 +19,7 @@ def partition(counts: Tensor, classes: Sequence[str]) -> Picture:
     axes = figure.subplots()
     image = axes.imshow(counts.T.numpy(), aspect="auto", cmap="Blues", interpolation="nearest")
     _name_classes(axes, classes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="client", ylabel="class")
     figure.colorbar(image, ax=axes, label="training items")
     return Picture("partition", figure, "Training items of each class at each client.")
