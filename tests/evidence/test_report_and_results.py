@@ -144,6 +144,14 @@ def test_a_variant_without_a_finished_run_has_no_section(workshop):
     assert "Evidence at the scale “small~steps=3”" in html
 
 
+def test_a_recipe_that_the_claim_does_not_speak_of_has_no_section(workshop):
+    workshop.run("method", 0, {"test/ap": 0.3, "test/nms_gain": 0.1}, scale="long")
+    with pytest.raises(ConfigError, match="no runs of toy_paper"):
+        build_report(workshop.runs, "toy_paper")
+    workshop.fill(SUPPORTED)
+    assert "Evidence at the scale “long”" not in build_report(workshop.runs, "toy_paper").read_text()
+
+
 def test_the_report_names_versions_that_constraints_do_not_install(workshop):
     workshop.fill(SUPPORTED)
     pins = workshop.root / "constraints.txt"

@@ -172,9 +172,7 @@ class Claim(_Strict):
         Raises:
             ConfigError: the claim says nothing about the scale.
         """
-        scale = label.partition("~")[0]
-        if scale == "smoke" and scale not in self.scales:
-            scale = "small" if "small" in self.scales else next(iter(self.scales))
+        scale = self._scale_of(label)
         if scale not in self.scales:
             raise ConfigError(
                 f"The claim has no scale {scale!r}.",
@@ -182,6 +180,16 @@ class Claim(_Strict):
                 next_step=f"choose one of: {', '.join(self.scales)}",
             )
         return self._scaled(scale)
+
+    def speaks_of(self, label: str) -> bool:
+        """Whether there is a claim at a scale label (`at`)."""
+        return self._scale_of(label) in self.scales
+
+    def _scale_of(self, label: str) -> str:
+        scale = label.partition("~")[0]
+        if scale == "smoke" and scale not in self.scales:
+            return "small" if "small" in self.scales else next(iter(self.scales))
+        return scale
 
     def _scaled(self, scale: str) -> ScaledClaim:
         changes = self.scales[scale]

@@ -135,8 +135,12 @@ def _index_row(runs_dir: Path, slug: str) -> IndexRow:
 
 
 def _reported(runs_dir: Path, slug: str) -> list[str]:
-    """The scale labels, less the variants without a finished run (a refused value leaves one), if others are there."""
-    labels = scale_labels(runs_dir, slug)
+    """The scale labels that the claim speaks of, other recipes (a longer run, fine-tuning) left out.
+
+    Variants without a finished run (a refused value leaves one) count only where there is nothing else.
+    """
+    claim = load_claim(slug)
+    labels = [label for label in scale_labels(runs_dir, slug) if claim.speaks_of(label)]
     kept = [
         each for each in labels if "~" not in each or any(run.is_finished for run in find_runs(runs_dir, slug, each))
     ]

@@ -236,7 +236,8 @@ def contrast_rows(verdict: Mapping[str, Any]) -> list[list[Any]]:
     rows = []
     for contrast in [verdict["primary"], *verdict["secondary"]]:
         low, high = contrast["ci"] or (None, None)
-        claimed = f"{'>' if contrast['direction'] == 'higher' else '<'} {contrast['margin']}"
+        is_more, margin = contrast["direction"] == "higher", contrast["margin"]
+        claimed = f"> {margin}" if is_more else f"< {-margin if margin else margin}"
         values = [contrast["name"], claimed, contrast["mean"], low, high, contrast["p"], contrast["n"]]
         rows.append([*values, contrast["verdict"]])
     return rows
