@@ -327,9 +327,16 @@ def short_hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def smoked_scale(label: str) -> str | None:
+    """The scale whose smoke runs a label names (`smoke`: small, `smoke-public`: public), or None of other labels."""
+    name, _, scale = label.partition("~")[0].partition("-")
+    return (scale or "small") if name == "smoke" else None
+
+
 def scale_label(cfg: DictConfig) -> str:
     """The scale as the run folder names it."""
-    scale = "smoke" if cfg.smoke else cfg.scale
+    smoke = "smoke" if cfg.scale == "small" else f"smoke-{cfg.scale}"
+    scale = smoke if cfg.smoke else cfg.scale
     return f"{scale}~{cfg.variant}" if cfg.variant else scale
 
 
