@@ -14,6 +14,7 @@ import pytest
 
 from reprise import config as configuration
 from reprise.cli import main
+from reprise.training.runfolder import write_json
 from tests.cross.support import run_child, smoke_config, write_config
 
 
@@ -70,6 +71,34 @@ def test_missing_data_names_the_place_and_the_command(
     message = fails(capsys, "train", "experiment=vit/public", "smoke=true")
     assert str(tmp_path) in message
     assert "reprise data fetch cifar10" in message
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "data.batch_size=0",
+        "optimizer.lr=-1",
+        "+optimizer.typo=1",
+        "paper.model.depth=x",
+        "callbacks.checkpoint.every_steps=x",
+        "data=cifar10",
+        "trainer.precision=12",
+    ],
+)
+@pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
+def test_a_run_that_cannot_be_built_neither_moves_a_finished_one_nor_leaves_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, trainer: str
+) -> None:
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path))
+    typed = ["experiment=vit/small", "smoke=true", "variant=mine", f"trainer={trainer}", mistake]
+    folder = configuration.paths.runs_dir() / "vit" / "smoke~mine" / "vit" / "seed=0"
+    fails(capsys, "train", *typed)
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"status": "finished", "config_hash": "of another configuration"})
+    fails(capsys, "train", *typed)
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["seed=0"]
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 def test_checkpoint_of_another_paper(capsys: pytest.CaptureFixture[str]) -> None:
