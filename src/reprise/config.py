@@ -268,9 +268,11 @@ def _check_types(resolved: Any) -> None:
     """Top-level values have their types, and counts are positive."""
     for key, kinds in _TYPES.items():
         value = resolved[key]
-        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        if wrong or (key in ("steps", "val_every", "threads") and value is not None and value < 1):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        is_wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if not is_wrong and key in ("steps", "val_every", "threads") and value is not None:
+            wanted, is_wrong = "1 or more", value < 1
+        if is_wrong:
             raise ConfigError(f"{key} must be {wanted}, not {value!r}", looked_at=key, next_step=f"set {key}=...")
 
 
@@ -298,6 +300,14 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
             leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))
         ]
     return [prefix]
+
+
+def node_paths(node: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of all keys below a node, inner ones included."""
+    if not isinstance(node, DictConfig):
+        return []
+    own = [f"{prefix}{key!s}" for key in node]
+    return own + [path for key, name in zip(node, own, strict=True) for path in node_paths(node[key], f"{name}.")]
 
 
 def decisive(cfg: DictConfig) -> dict[str, Any]:

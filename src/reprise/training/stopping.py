@@ -18,6 +18,7 @@ from rich.console import Console
 from reprise import paths
 from reprise.errors import InterruptedRunError, PreemptedRunError
 from reprise.training.ownership import end_with, is_alive, place
+from reprise.training.runfolder import cannot_be_written
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP_VARIABLE = "REPRISE_STOP_FILE"  # names a file that says by which signal the sweep was stopped
@@ -92,14 +93,20 @@ def stopping_gently(console: Console) -> Iterator[Stop]:
 
     From then on Ctrl-C is ignored until the process ends: a third one would hit what is being ended.
     The jobs learn it from a file below the run folders, which also workers on other machines see.
+
+    Raises:
+        RepriseError: that folder cannot be written.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
         return
     stop = Stop(_stop_file())
     assert stop.file is not None
-    stop.file.parent.mkdir(parents=True, exist_ok=True)
-    stop.file.unlink(missing_ok=True)
+    try:
+        stop.file.parent.mkdir(parents=True, exist_ok=True)
+        stop.file.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_be_written(paths.runs_dir(), error) from error
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     os.environ |= {STOP_VARIABLE: str(stop.file), SWEEP_VARIABLE: _own_name()}
     _listen(stop, console)
