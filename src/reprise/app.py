@@ -48,14 +48,18 @@ def task(hydra_config: DictConfig) -> dict[str, float] | Failure:
     from hydra.types import RunMode
 
     from reprise.config import register_resolvers, resolve
-    from reprise.training.launch import launch
+    from reprise.training.launch import finished_already, launch
+    from reprise.training.machine import rank
     from reprise.training.stopping import begin_as_job
 
     register_resolvers()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         begin_as_job()
-        return launch(resolve(hydra_config), show_progress=single and sys.stderr.isatty())
+        cfg = resolve(hydra_config)
+        if single and rank() == 0 and (finished := finished_already(cfg)):
+            print(f"reprise: {finished}", file=sys.stderr)
+        return launch(cfg, show_progress=single and sys.stderr.isatty())
     except Exception as error:  # whatever it is, the other jobs of a sweep go on; the caller tells or raises it
         return Failure(error if single else portable(error), traceback.format_exc())
     except KeyboardInterrupt:

@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("data", data)
     command.add_argument("action", choices=("list", "check", "fetch", "show"))
     command.add_argument("name", nargs="?", help="data set")
-    command.add_argument("--out", type=Path, help="file to write (show)")
+    command.add_argument("--out", type=Path, help="file to write (show; by default in the cache)")
     command.add_argument("--json", action="store_true")
     command = add("weights", weights, overrides=True)
     command.add_argument("action", choices=("import",))
