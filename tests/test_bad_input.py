@@ -14,6 +14,7 @@ import pytest
 
 from reprise import config as configuration
 from reprise.cli import main
+from reprise.training.runfolder import write_json
 from tests.cross.support import run_child, smoke_config, write_config
 
 
@@ -37,7 +38,20 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["experiment=vit/small", "arm=nonsense"], "has no arm 'nonsense'"),
         (["experiment=vit/small", "paper.modle.depth=3"], "modle"),
         (["experiment=vit/small", "+paper.modle=3"], "modle"),
-        (["experiment=vit/small", "steps=many"], "many"),
+        (["experiment=vit/small", "steps=many"], "steps must be int, not 'many'"),
+        (["experiment=vit/small", "steps=0"], "steps must be 1 or more, not 0"),
+        (["experiment=vit/small", "steps=-3"], "steps must be 1 or more, not -3"),
+        (["experiment=vit/small", "val_every=0"], "val_every must be 1 or more, not 0"),
+        (["experiment=vit/small", "trainer.precision=12"], "choose one of: 32-true, bf16-mixed"),
+        (
+            ["experiment=vit/small", "optimizer.lrr=0.1"],
+            "no configuration key optimizer.lrr (did you mean optimizer.lr",
+        ),
+        (["experiment=vit/small", "optimiser=sgd"], "did you mean optimizer"),
+        (["experiment=vit/small", "optimizer.unheard_of=0.1"], "+optimizer.unheard_of=... adds it"),
+        (["experiment=vit/small", "trainer=nope"], "choose one of: cpu, ddp, ddp_cpu, fsdp, fsdp_cpu, gpu"),
+        (["experiment=vit/small", "trainer=fspd"], "no trainer=fspd (did you mean 'fsdp'?)"),
+        (["experiment=vit/small", "seed=1,2"], "`reprise train -m ...` makes all of them"),
         (["experiment=vit/small", "+typo=3"], "nothing reads the configuration key typo"),
         (["experiment=vit/small", "paper._target_=os.system"], "'os.system' is not allowed"),
         (["experiment=vit/small", "data=unheard_of"], "unheard_of"),
@@ -62,6 +76,33 @@ def test_configuration_mistakes(capsys: pytest.CaptureFixture[str], overrides: l
     assert expected in fails(capsys, "train", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["experiment=detr/ablations/nope"], "choose one of: small, public, paper, ablations/aux_loss"),
+        (["experiment=vit/small,vit/nope"], "has no recipe 'nope'"),
+        (["experiment=vit/small", "seed=100,101", "optimizer.lrr=0.1,0.2"], "did you mean optimizer.lr"),
+    ],
+)
+def test_mistakes_in_a_sweep(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
+    message = fails(capsys, "sweep", *words)
+    assert expected in message
+    assert "Config search path" not in message
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["reproduce"], ["sweep"], ["search", "--metric", "val/accuracy", "optimizer.lr=interval(0,1)"]]
+)
+def test_no_place_for_run_folders(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REPRISE_RUNS", str(tmp_path / "file" / "runs"))
+    message = fails(capsys, *words, "experiment=vit/small", "smoke=true")
+    assert "cannot be written" in message
+    assert "REPRISE_RUNS" in message
+
+
 def test_missing_data_names_the_place_and_the_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +111,34 @@ def test_missing_data_names_the_place_and_the_command(
     message = fails(capsys, "train", "experiment=vit/public", "smoke=true")
     assert str(tmp_path) in message
     assert "reprise data fetch cifar10" in message
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "data.batch_size=0",
+        "optimizer.lr=-1",
+        "+optimizer.typo=1",
+        "paper.model.depth=x",
+        "callbacks.checkpoint.every_steps=x",
+        "data=cifar10",
+        "trainer.precision=12",
+    ],
+)
+@pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
+def test_a_run_that_cannot_be_built_neither_moves_a_finished_one_nor_leaves_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, trainer: str
+) -> None:
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path))
+    typed = ["experiment=vit/small", "smoke=true", "variant=mine", f"trainer={trainer}", mistake]
+    folder = configuration.paths.runs_dir() / "vit" / "smoke~mine" / "vit" / "seed=0"
+    fails(capsys, "train", *typed)
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"status": "finished", "config_hash": "of another configuration"})
+    fails(capsys, "train", *typed)
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["seed=0"]
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 def test_checkpoint_of_another_paper(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,21 @@ def test_the_recorded_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch)
     assert os.environ["REPRISE_COMMAND"] == "of another process", "put back for what comes after"
 
 
+def test_a_finished_run_is_named_and_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "experiment=vit/small", "smoke=true"]
+    assert main(words) == 0
+    first = capsys.readouterr()
+    assert "already finished" not in first.err
+    (path,) = Path(os.environ["REPRISE_RUNS"]).rglob("run.json")
+    date = json.loads(path.read_text())["finished"]
+    assert main(words) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert again.err == f"reprise: already finished on {date} in {path.parent}; nothing was run\n"
+    assert main([*words, "logger=tensorboard"]) == 0
+    assert "nothing was run (logger=tensorboard applies to new runs only)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

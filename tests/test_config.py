@@ -14,7 +14,16 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.reprise_sweeper.sweeper import RepriseSweeper
 from reprise import paths
-from reprise.config import compose, config_hash, earlier_stage, job_overrides, run_dir, variant_name
+from reprise.config import (
+    compose,
+    config_hash,
+    earlier_stage,
+    job_overrides,
+    run_dir,
+    scale_label,
+    smoked_scale,
+    variant_name,
+)
 from reprise.errors import ConfigError
 from reprise.training.instantiate import check_targets, instantiate
 
@@ -134,7 +143,18 @@ def test_what_is_not_known_to_be_neutral_makes_another_run() -> None:
 def test_run_folders_are_named_by_paper_scale_arm_and_seed() -> None:
     path = run_dir(compose(["experiment=vit/small", "arm=cnn", "seed=4"]))
     assert path.parts[-4:] == ("vit", "small", "cnn", "seed=4")
-    assert run_dir(compose(["experiment=vit/small", "smoke=true"])).parts[-3] == "smoke"
+
+
+def test_smoke_runs_of_each_recipe_have_a_folder_of_their_own() -> None:
+    small, public, finetune = (
+        run_dir(compose([f"experiment=vit/{recipe}", "smoke=true"])).parts[-3]
+        for recipe in ("small", "public", "finetune")
+    )
+    assert (small, public, finetune) == ("smoke", "smoke-public", "smoke-finetune")
+    variant = scale_label(compose(["experiment=vit/public", "smoke=true", "optimizer.lr=0.1"]))
+    assert variant == "smoke-public~optimizer.lr-0.1"
+    labels = (small, public, variant, "small", "public~smoke")
+    assert [smoked_scale(label) for label in labels] == ["small", "public", "public", None, None]
 
 
 def test_learning_rate_and_batch_do_not_depend_on_devices() -> None:

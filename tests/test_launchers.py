@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from reprise.cli import main
 from reprise.config import compose
-from reprise.training.ownership import is_alive
+from reprise.training.ownership import LOOK_EVERY, is_alive
 from reprise.training.ray_jobs import resources_of
 
 pytestmark = pytest.mark.slow
@@ -60,11 +61,23 @@ def no_child_outlives_its_test() -> Iterator[None]:
 
 
 def start(
-    runs: Path, *overrides: str, before: tuple[str, ...] = (), verb: str = "sweep", **environment: str
+    runs: Path,
+    *overrides: str,
+    before: tuple[str, ...] = (),
+    verb: str = "sweep",
+    start_new_session: bool = False,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-m", "reprise.cli", verb, *SMOKE, *overrides]
     given = {**os.environ, "REPRISE_RUNS": str(runs), "REPRISE_JOBS": "2", **environment}
-    child = subprocess.Popen(command, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        env=given,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=start_new_session,
+    )
     STARTED.append(child)
     return child
 
@@ -184,6 +197,24 @@ def test_ctrl_c_saves_the_running_ray_jobs_and_starts_no_other(tmp_path: Path) -
     assert len(list(tmp_path.rglob("step=*.ckpt"))) == 1
     statuses = [json.loads(path.read_text())["status"] for path in tmp_path.rglob("run.json")]
     assert statuses == ["interrupted"]
+
+
+def test_ctrl_c_again_and_again_stops_the_local_pool_at_once(tmp_path: Path) -> None:
+    child = start(tmp_path, "steps=3000", "val_every=3000", "seed=100,101,102", start_new_session=True)
+    wait_for(lambda: len(list(tmp_path.rglob("progress.json"))) == 2, child)
+    below = descendants(child.pid)
+    for _ in range(
+        6
+    ):  # as a terminal does: to every process of the group, also to one that a pool starts to end others
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT)
+        time.sleep(0.05)
+    code, errors = finish(child)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    assert "run the same command again" in errors
+    time.sleep(2 * LOOK_EVERY)
+    assert not list(filter(is_alive, below))
 
 
 def test_a_killed_process_of_the_local_pool_is_started_again(tmp_path: Path) -> None:

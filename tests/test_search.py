@@ -229,4 +229,6 @@ def test_search_trains_through_the_launcher(capsys: pytest.CaptureFixture[str]) 
 
     assert [list(trial.intermediate_values) for trial in open_study(folder / "journal.log").trials] == [[2, 4], [2, 4]]
     assert main([*words, "--metric", "val/acuracy", "--trials", "1"]) == 1
-    assert "choose one of: val/accuracy" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "choose one of: val/accuracy" in message
+    assert message.count("looked at: ") == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import pickle
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -46,14 +48,18 @@ def task(hydra_config: DictConfig) -> dict[str, float] | Failure:
     from hydra.types import RunMode
 
     from reprise.config import register_resolvers, resolve
-    from reprise.training.launch import launch
+    from reprise.training.launch import finished_already, launch
+    from reprise.training.machine import rank
     from reprise.training.stopping import begin_as_job
 
     register_resolvers()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         begin_as_job()
-        return launch(resolve(hydra_config), show_progress=single and sys.stderr.isatty())
+        cfg = resolve(hydra_config)
+        if single and rank() == 0 and (finished := finished_already(cfg)):
+            print(f"reprise: {finished}", file=sys.stderr)
+        return launch(cfg, show_progress=single and sys.stderr.isatty())
     except Exception as error:  # whatever it is, the other jobs of a sweep go on; the caller tells or raises it
         return Failure(error if single else portable(error), traceback.format_exc())
     except KeyboardInterrupt:
@@ -89,13 +95,75 @@ def run_hydra(overrides: Sequence[str], flags: Sequence[str] = ()) -> Any:
     try:
         return _dispatch(hydra, args, list(args.overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(
-            "\n".join(line for line in str(error).splitlines() if line.strip()),
-            looked_at=paths.conf_dir(),
-            next_step="`reprise train ... --cfg job` prints the composed configuration",
-        ) from error
+        raise explained(error, overrides) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def explained(error: Exception, overrides: Sequence[str]) -> RepriseError:
+    """What a user can do about an error of Hydra's; its own advice is for applications that accept any key.
+
+    Args:
+        overrides: what Hydra was given.
+    """
+    text = str(error)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1], overrides)
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        return _unknown_option(found[1], found[2])
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return ConfigError(
+            f"{found[1]} names several runs, and `reprise train` makes one",
+            looked_at=found[1],
+            next_step="`reprise train -m ...` makes all of them; `reprise reproduce` makes those of a claim",
+        )
+    return ConfigError(
+        "\n".join(line for line in text.splitlines() if line.strip()),
+        looked_at=paths.conf_dir(),
+        next_step="`reprise train ... --cfg job` prints the composed configuration",
+    )
+
+
+def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(key, _known_keys(overrides), n=3, cutoff=0.7)
+    guess = f" (did you mean {' or '.join(close)}?)" if close else ""
+    advice = f"; where the part takes an option that the recipe does not set, +{key}=... adds it" if not close else ""
+    return ConfigError(
+        f"there is no configuration key {key}{guess}",
+        looked_at="the composed configuration",
+        next_step=f"correct the key; `reprise train ... --cfg job` shows all{advice}",
+    )
+
+
+def _known_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys of the experiment with the groups that were chosen; none where that does not compose either."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from reprise.config import compose, node_paths, split_override
+
+    groups = {"experiment", *(path.name for path in paths.conf_dir().iterdir() if path.is_dir())} - {"hydra"}
+    chosen = [item for item in overrides if split_override(item)[0] in groups and "," not in item]
+    try:
+        return node_paths(compose(chosen))
+    except (RepriseError, HydraException, OmegaConfBaseException):
+        return []
+
+
+def _unknown_option(group: str, name: str) -> RepriseError:
+    from reprise.config import did_you_mean, experiment_of
+
+    if group.startswith("experiment"):
+        try:
+            experiment_of([f"experiment={group}/{name}".replace("experiment/", "", 1)])
+        except RepriseError as error:
+            return error
+    options = sorted(path.stem for path in (paths.conf_dir() / group).glob("*.yaml"))
+    return ConfigError(
+        f"there is no {group}={name}{did_you_mean(name, options)}",
+        looked_at=paths.conf_dir() / group,
+        next_step=f"choose one of: {', '.join(options)}",
+    )
 
 
 def _dispatch(hydra: Any, args: Any, overrides: list[str]) -> Any:

@@ -43,12 +43,23 @@ def _run(args: argparse.Namespace) -> int:
     except RepriseError as error:
         return _report(error, error.exit_code)
     except KeyboardInterrupt:
-        return _report(RepriseError("stopped", next_step="run the same command again; it continues"), 130)
+        return _stopped_at_once()
     except BrokenPipeError:
         sys.stderr.close()
         return 0
     except Exception as error:  # what nobody foresaw also ends in one message; the traceback on request
         return _report(_unexpected(error), 1)
+
+
+def _stopped_at_once() -> int:
+    """Ctrl-C without saving; a sweep's pool is not waited for at exit, because its workers end with this process."""
+    from reprise.training.stopping import is_ctrl_c_ignored
+
+    code = _report(RepriseError("stopped", next_step="run the same command again; it continues"), 130)
+    if is_ctrl_c_ignored():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _report(error: RepriseError, code: int) -> int:
@@ -392,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("data", data)
     command.add_argument("action", choices=("list", "check", "fetch", "show"))
     command.add_argument("name", nargs="?", help="data set")
-    command.add_argument("--out", type=Path, help="file to write (show)")
+    command.add_argument("--out", type=Path, help="file to write (show; by default in the cache)")
     command.add_argument("--json", action="store_true")
     command = add("weights", weights, overrides=True)
     command.add_argument("action", choices=("import",))

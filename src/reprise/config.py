@@ -268,9 +268,11 @@ def _check_types(resolved: Any) -> None:
     """Top-level values have their types, and counts are positive."""
     for key, kinds in _TYPES.items():
         value = resolved[key]
-        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        if wrong or (key in ("steps", "val_every", "threads") and value is not None and value < 1):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        is_wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if not is_wrong and key in ("steps", "val_every", "threads") and value is not None:
+            wanted, is_wrong = "1 or more", value < 1
+        if is_wrong:
             raise ConfigError(f"{key} must be {wanted}, not {value!r}", looked_at=key, next_step=f"set {key}=...")
 
 
@@ -300,6 +302,14 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
     return [prefix]
 
 
+def node_paths(node: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of all keys below a node, inner ones included."""
+    if not isinstance(node, DictConfig):
+        return []
+    own = [f"{prefix}{key!s}" for key in node]
+    return own + [path for key, name in zip(node, own, strict=True) for path in node_paths(node[key], f"{name}.")]
+
+
 def decisive(cfg: DictConfig) -> dict[str, Any]:
     """What of a configuration decides the numbers of its run, as plain values; earlier stages left out."""
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -327,9 +337,16 @@ def short_hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def smoked_scale(label: str) -> str | None:
+    """The scale whose smoke runs a label names (`smoke`: small, `smoke-public`: public), or None of other labels."""
+    name, _, scale = label.partition("~")[0].partition("-")
+    return (scale or "small") if name == "smoke" else None
+
+
 def scale_label(cfg: DictConfig) -> str:
     """The scale as the run folder names it."""
-    scale = "smoke" if cfg.smoke else cfg.scale
+    smoke = "smoke" if cfg.scale == "small" else f"smoke-{cfg.scale}"
+    scale = smoke if cfg.smoke else cfg.scale
     return f"{scale}~{cfg.variant}" if cfg.variant else scale
 
 

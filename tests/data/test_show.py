@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from reprise.cli import main
 from reprise.data import registry
 from reprise.data.show import contact_sheet
 from reprise.errors import ConfigError, DataError
@@ -21,6 +22,17 @@ def test_sheets(tmp_path: Path, name: str):
     with Image.open(path) as sheet:
         assert sheet.width > 300
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+def test_a_sheet_without_a_place_goes_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REPRISE_CACHE", str(tmp_path / "cache"))
+    assert main(["data", "show", "digits"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "cache" / "pictures" / "digits.png")
+    assert (tmp_path / "cache" / "pictures" / "digits.png").is_file()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_what_cannot_be_shown_or_written(tmp_path: Path):

@@ -23,6 +23,7 @@ def test_claim_at_a_scale_takes_its_margin_and_arms(workshop):
     assert claim.at("public").primary.margin == 0.01
     assert claim.at("small~steps=3").scale == "small"
     assert claim.at("smoke").seeds == [0, 1, 2, 3, 4]
+    assert [claim.at(label).scale for label in ("smoke-public", "smoke-finetune")] == ["public", "small"]
     assert claim.at("small").metrics() == ["test/nms_gain", "test/ap"]
     with pytest.raises(ConfigError, match="no scale 'paper'"):
         claim.at("paper")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from reprise import paths
-from reprise.config import compose, config_hash
+from reprise.config import compose, config_hash, scale_label
 from reprise.evidence.claims import load_claim
 from reprise.evidence.panel import render_panel
 from reprise.evidence.report import build_report
@@ -75,9 +76,9 @@ def test_a_picture_outside_the_run_is_not_read(workshop):
 
 
 def test_scales_and_papers_are_found_in_order(workshop):
-    for scale in ("smoke", "public", "small~steps=3", "small"):
+    for scale in ("smoke-public", "smoke", "public", "small~steps=3", "small"):
         workshop.run("method", 0, {}, scale=scale)
-    assert scale_labels(workshop.runs, "toy_paper") == ["small", "public", "small~steps=3", "smoke"]
+    assert scale_labels(workshop.runs, "toy_paper") == ["small", "public", "small~steps=3", "smoke", "smoke-public"]
     assert papers_with_runs(workshop.runs) == ["toy_paper"]
     assert papers_with_runs(workshop.runs / "nowhere") == []
 
@@ -218,21 +219,27 @@ def test_the_seed_and_what_follows_it_are_no_other_configuration(workshop):
     assert make_verdict(workshop.runs, "toy_paper", "small").finished_runs == 9
 
 
-def composed_run(workshop, arm: str, seed: int, *overrides: str) -> None:
+def composed_run(workshop, recipe: Sequence[str], arm: str, seed: int, *overrides: str) -> None:
     """A finished run of ViT's claim with its configuration, none of it trained."""
-    cfg = compose(["experiment=vit/small", f"arm={arm}", f"seed={seed}", "variant=null", *overrides])
+    cfg = compose([*recipe, f"arm={arm}", f"seed={seed}", "variant=null", *overrides])
     day = "2026-01-02" if overrides else "2026-01-01"
     info = {"config_hash": config_hash(cfg), "finished": f"{day}T10:00:40+00:00"}
-    folder = Workshop(workshop.root, workshop.runs, "vit").run(arm, seed, {"test/accuracy": 0.5}, **info)
+    folder = Workshop(workshop.root, workshop.runs, "vit").run(
+        arm, seed, {"test/accuracy": 0.5}, scale=scale_label(compose(recipe)), **info
+    )
     OmegaConf.save(cfg, folder / "config.yaml")
 
 
-def test_what_the_recipe_composes_to_is_kept_before_what_is_newest(tmp_path):
+@pytest.mark.parametrize(
+    ("label", "recipe"),
+    [("small", ["experiment=vit/small"]), ("smoke-public", ["experiment=vit/public", "smoke=true"])],
+)
+def test_what_the_recipe_composes_to_is_kept_before_what_is_newest(tmp_path, label, recipe):
     vit = Workshop(paths.root(), tmp_path)
-    for arm in load_claim("vit").at("small").arms:
+    for arm in load_claim("vit").at(label).arms:
         for seed in (0, 1):
-            composed_run(vit, arm, seed, *(["optimizer.lr=0.5"] if (arm, seed) == ("cnn", 1) else []))
-    verdict = make_verdict(tmp_path, "vit", "small")
+            composed_run(vit, recipe, arm, seed, *(["optimizer.lr=0.5"] if (arm, seed) == ("cnn", 1) else []))
+    verdict = make_verdict(tmp_path, "vit", label)
     found = [(run.arm, run.seed) for run in verdict.missing if run.status == "another configuration"]
     assert found == [("cnn", 1)]
 
@@ -250,10 +257,11 @@ def test_an_earlier_stage_that_has_changed_since_is_another_configuration(tmp_pa
 def test_no_runs_and_smoke_runs(workshop):
     empty = make_verdict(workshop.runs, "toy_paper", "small")
     assert (empty.verdict, empty.date, len(empty.missing)) == ("inconclusive", None, 10)
-    workshop.fill(SUPPORTED, scale="smoke")
-    smoke = make_verdict(workshop.runs, "toy_paper", "smoke")
-    assert smoke.verdict == "inconclusive"
-    assert "wiring" in smoke.reason
+    for label in ("smoke", "smoke-public", "smoke~steps-3"):
+        workshop.fill(SUPPORTED, scale=label)
+        smoke = make_verdict(workshop.runs, "toy_paper", label)
+        assert smoke.verdict == "inconclusive"
+        assert "wiring" in smoke.reason
 
 
 @pytest.mark.parametrize("gains", [SUPPORTED, [-0.1], []])

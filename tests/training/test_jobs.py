@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from reprise.app import Failure, portable
 from reprise.config import compose
-from reprise.errors import InterruptedRunError, PreemptedRunError, RepriseError, RunInUseError
+from reprise.errors import ConfigError, InterruptedRunError, PreemptedRunError, RepriseError, RunInUseError
 from reprise.training import stopping
 from reprise.training.jobs import Job, SweepOutcome, run_jobs
 from reprise.training.launch import _progress
@@ -77,6 +77,20 @@ def test_a_job_that_died_without_a_word_is_not_running_any_more(tmp_path: Path) 
     run = RunFolder(tmp_path / "seed=0").read("run.json")
     assert run is not None
     assert (run["status"], run["seconds"], run["error"]) == ("failed", 6.0, "its node died")
+
+
+def test_a_mistake_leaves_nothing_and_touches_no_other_run(tmp_path: Path) -> None:
+    def refuse(folder: Path) -> Failure:
+        return Failure(ConfigError("data.batch_size must be 1 or more"), "trace")
+
+    def lose(folder: Path) -> Failure:
+        folder.mkdir(parents=True)
+        write_json(folder / "run.json", {"status": "finished", "config_hash": "of another configuration"})
+        return Failure(RepriseError("its node died"), "trace")
+
+    sweep(tmp_path, refuse, lose)
+    assert not (tmp_path / "seed=0").exists()
+    assert not (tmp_path / "seed=1" / "failure.txt").exists()
 
 
 def test_the_run_of_another_process_is_left_alone(tmp_path: Path) -> None:

@@ -25,12 +25,24 @@ def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def config(accelerator: str = "cpu", devices: Any = 1, num_nodes: int = 1) -> Any:
-    return SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator, devices=devices, num_nodes=num_nodes))
+def config(accelerator: str = "cpu", devices: Any = 1, num_nodes: int = 1, precision: Any = "32-true") -> Any:
+    options = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": precision}
+    return SimpleNamespace(trainer=SimpleNamespace(**options))
 
 
 def test_a_process_for_each_device() -> None:
     assert ranks_to_start(config(devices=3)) == 3
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", 32, "bf16", None])
+def test_lightnings_precisions(precision: Any) -> None:
+    assert ranks_to_start(config(precision=precision)) == 1
+
+
+def test_an_unknown_precision_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="no precision 12") as caught:
+        ranks_to_start(config(precision=12))
+    assert "bf16-mixed" in str(caught.value)
 
 
 @pytest.mark.parametrize("devices", [0, -1, "auto", True, [0, 1]])

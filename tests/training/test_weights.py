@@ -122,6 +122,22 @@ def test_foreign_classes_are_refused_by_name(tmp_path: Path) -> None:
         read_weights(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("content", [b"junk\n", bytes(1000)])
+def test_what_is_no_weights_file_is_called_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"it is no PyTorch file \(neither a zip archive nor a pickle\)"
+    ) as caught:
+        read_weights(tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_damaged_pickle_is_not_explained_by_a_bare_number(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"\x80\x02h\x05.")
+    with pytest.raises(CheckpointError, match=r"tensors: [A-Za-z]"):
+        read_weights(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("name", ["w.pth", "w.npz"])
 def test_files_with_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -28,7 +28,7 @@ def run(action: str, name: str | None, *, out: Path | None, as_json: bool) -> in
     if action == "show":
         from reprise.data.show import contact_sheet
 
-        print(contact_sheet(name, out or Path(f"{name}.png")))
+        print(contact_sheet(name, out or paths.cache_dir() / "pictures" / f"{name}.png"))
         return 0
     report = registry.fetch(name) if action == "fetch" else registry.check(name)
     if as_json:

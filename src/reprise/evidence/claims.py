@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reprise import discovery
+from reprise.config import smoked_scale
 from reprise.errors import ConfigError
 from reprise.evidence.files import read_model
 
@@ -167,7 +168,9 @@ class Claim(_Strict):
         return chain
 
     def at(self, label: str) -> ScaledClaim:
-        """The claim at a scale label; `<scale>~<overrides>` is that scale, `smoke` the small one.
+        """The claim at a scale label; `<scale>~<overrides>` and `smoke-<scale>` are that scale, `smoke` the small one.
+
+        Smoke runs of a recipe that the claim says nothing about are those of the small scale.
 
         Raises:
             ConfigError: the claim says nothing about the scale.
@@ -187,8 +190,9 @@ class Claim(_Strict):
 
     def _scale_of(self, label: str) -> str:
         scale = label.partition("~")[0]
-        if scale == "smoke" and scale not in self.scales:
-            return "small" if "small" in self.scales else next(iter(self.scales))
+        if (smoked := smoked_scale(label)) is not None and scale not in self.scales:
+            known = [name for name in (smoked, "small") if name in self.scales]
+            return known[0] if known else next(iter(self.scales))
         return scale
 
     def _scaled(self, scale: str) -> ScaledClaim:

@@ -95,9 +95,11 @@ def _wanted(slug: str, label: str, arm: str, root: str) -> _Wanted | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if label not in (*SCALES, "smoke"):
+    smoked = configuration.smoked_scale(label)
+    scale = smoked or label
+    if "~" in label or scale not in SCALES:
         return None
-    recipe = [f"experiment={slug}/small", "smoke=true"] if label == "smoke" else [f"experiment={slug}/{label}"]
+    recipe = [f"experiment={slug}/{scale}", *(["smoke=true"] if smoked else [])]
     try:
         facts = _with_stages(configuration.compose([*recipe, f"arm={arm}", f"seed={MARK}"]))
     except (RepriseError, HydraException, OmegaConfBaseException):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reprise.config import smoked_scale
 from reprise.discovery import SCALES
 from reprise.evidence.files import read_json
 
@@ -203,4 +204,4 @@ def papers_with_runs(runs_dir: Path) -> list[str]:
 def _scale_order(label: str) -> tuple[int, str]:
     if label in SCALES:
         return SCALES.index(label), label
-    return len(SCALES) + (label == "smoke"), label
+    return len(SCALES) + (smoked_scale(label) is not None), label

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from reprise import discovery
+from reprise.config import smoked_scale
 from reprise.evidence.claims import TUNING_SEEDS_FROM, Arm, Contrast, ScaledClaim, load_claim
 from reprise.evidence.configurations import one_configuration_an_arm
 from reprise.evidence.files import read_json, write_json
@@ -205,7 +206,7 @@ def _may_count(run: RunRecord, claim: ScaledClaim) -> bool:
 
 
 def _conclusion(label: str, primary: ContrastResult, seeds: list[int], claims: Sequence[int]) -> tuple[Outcome, str]:
-    if label == "smoke":
+    if smoked_scale(label) is not None:
         return "inconclusive", "A smoke run proves the wiring, not the claim."
     if primary.unpaired:
         lacking = ", ".join(map(str, primary.unpaired))

@@ -20,7 +20,7 @@ from reprise.errors import ConfigError, RepriseError
 from reprise.search.space import Space, no_such_metric
 from reprise.search.study import PRUNED_AT, only_search, open_study, propose
 from reprise.training.jobs import Job, run_jobs
-from reprise.training.runfolder import write_atomic, write_json
+from reprise.training.runfolder import cannot_be_written, write_atomic, write_json
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -83,7 +83,10 @@ def run_search(settings: Settings, space: Space, make_job: MakeJob, launcher: An
     The run folders lie in the search's own folder, so that they never mix with those of a claim.
     """
     folder = paths.runs_dir() / "searches" / space.name(settings.metric, settings.direction, settings.parallel)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_be_written(folder, error) from error
     with only_search(folder), paths.environment_variable("REPRISE_RUNS", str(folder.resolve())):
         search = _Search(settings, space, make_job, launcher, folder.resolve() / "journal.log")
         search.go_on()
@@ -108,11 +111,15 @@ class _Search:
             if not self._run(batch):
                 return
             if batch[0].number == 0 and len(self.failures) == len(batch):
-                raise RepriseError(
-                    f"no run of the first trials ended: {self.failures[0]}",
-                    looked_at=self.journal.parent,
-                    next_step="correct the cause, then run the command again",
-                )
+                raise self._nothing_ended(self.failures[0])
+
+    def _nothing_ended(self, failure: str) -> RepriseError:
+        """The failure says by itself where it looked and what to do, or this does."""
+        return RepriseError(
+            f"no run of the first trials ended: {failure}",
+            looked_at=None if "\n  looked at: " in failure else self.journal.parent,
+            next_step=None if "\n  next step: " in failure else "correct the cause, then run the command again",
+        )
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

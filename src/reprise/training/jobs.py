@@ -23,7 +23,7 @@ from rich.text import Text
 
 from reprise import config as configuration
 from reprise.app import Failure, portable
-from reprise.errors import ConfigError, InterruptedRunError, RepriseError, RunInUseError
+from reprise.errors import ConfigError, DataError, InterruptedRunError, RepriseError, RunInUseError
 from reprise.training.lost_jobs import lost_jobs_handed_back
 from reprise.training.runfolder import RunFolder, now, write_json
 from reprise.training.stopping import GraceIsOver, stop_of_the_sweep, stopping_gently
@@ -188,13 +188,19 @@ def _handed_back(result: JobReturn) -> Any:
 
 
 def _leave_trace(job: Job, failure: Failure) -> None:
-    """A failed job's folder says why, also when the job died before it had one."""
+    """A failed job's folder says why, also when the job died before it had one.
+
+    Nothing is left of a mistake in the command, or of missing data, where no run of this configuration had begun.
+    """
     if isinstance(failure.error, InterruptedRunError | RunInUseError):
         return  # the folder is as the last checkpoint left it, or the job never began, or it is another process's
     folder = RunFolder(job.folder)
+    known = folder.read("run.json")
+    is_mistake = isinstance(failure.error, ConfigError | DataError)
+    if not folder.holds(job.config_hash) and (known is not None or is_mistake):
+        return
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "failure.txt").write_text(failure.trace)
-    known = folder.read("run.json")
     if known is not None and known.get("status") == "running":  # it died without a word
         folder.correct(status="failed", finished=now(), error=failure.message, exit_code=1)
     elif known is None:

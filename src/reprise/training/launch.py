@@ -25,7 +25,7 @@ from reprise.training.jobs import Job, live_view
 from reprise.training.machine import ranks_to_start
 from reprise.training.ownership import only_writer
 from reprise.training.ranks import first_error
-from reprise.training.run import train
+from reprise.training.run import build_first, read_config, train
 from reprise.training.runfolder import RunFolder, now, write_atomic
 from reprise.training.stopping import SIGNALS, kind_of_stop, tell_the_sweep
 from reprise.training.usage import Usage
@@ -50,9 +50,22 @@ def launch(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
     return _launch_ranks(cfg, ranks, show_progress)
 
 
+def finished_already(cfg: DictConfig) -> str | None:
+    """What to tell a user whose run was finished before, or None where there is something to run."""
+    folder = RunFolder(configuration.run_dir(cfg))
+    if not folder.is_finished(configuration.config_hash(cfg)):
+        return None
+    date = (folder.read("run.json") or {}).get("finished")
+    text = f"already finished on {date} in {folder.path}; nothing was run"
+    kept = folder.path / "config.yaml"
+    new = set(cfg.logger) - set(read_config(kept).logger if kept.exists() else ())
+    return text + (f" (logger={','.join(sorted(map(str, new)))} applies to new runs only)" if new else "")
+
+
 def _launch_ranks(cfg: DictConfig, ranks: int, show_progress: bool) -> dict[str, float]:
     folder = RunFolder(configuration.run_dir(cfg))
     config_hash = configuration.config_hash(cfg)
+    build_first(cfg, folder, config_hash)
     with only_writer(folder.path):  # rank 0 holds the lock next
         if folder.is_finished(config_hash):
             return folder.metrics()

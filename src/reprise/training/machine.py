@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from reprise.errors import ConfigError
 
 TEMPLATE = "scripts/slurm/train_nodes.sbatch"
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+OTHER_PRECISIONS = ("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16")  # Lightning has them
 # What differs between two starts of the same run by torchrun or srun, and is the same for all ranks of one start.
 START_VARIABLES = (
     "TORCHELASTIC_RUN_ID",
@@ -50,8 +52,10 @@ def ranks_to_start(cfg: DictConfig) -> int:
     """How many processes to start on this machine; 1 where they are there already.
 
     Raises:
-        ConfigError: the devices asked for are not there, or nobody has started the processes of other nodes.
+        ConfigError: the devices asked for are not there, nobody has started the processes of other nodes, or there is
+            no such precision.
     """
+    _check_precision(cfg)
     devices = _devices(cfg)
     _check_gpus(cfg, devices)
     if ranks_are_there():
@@ -81,6 +85,16 @@ def _devices(cfg: DictConfig) -> int:
         looked_at="trainer.devices",
         next_step="say how many devices of this machine to use, e.g. trainer.devices=8",
     )
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    precision = cfg.trainer.precision
+    if precision is not None and str(precision) not in PRECISIONS + OTHER_PRECISIONS:
+        raise ConfigError(
+            f"there is no precision {precision!r}",
+            looked_at="trainer.precision",
+            next_step=f"choose one of: {', '.join(PRECISIONS)}",
+        )
 
 
 def _check_gpus(cfg: DictConfig, devices: int) -> None:

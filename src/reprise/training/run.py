@@ -25,7 +25,7 @@ from reprise.training.accumulation import accumulate
 from reprise.training.blocks import checkpoint_activations, compiled_blocks
 from reprise.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, callbacks_of, newest_checkpoint
 from reprise.training.diagnostics import Timing
-from reprise.training.instantiate import instantiate
+from reprise.training.instantiate import check_values, instantiate
 from reprise.training.interrupt import StopBetweenSteps, StopRequest
 from reprise.training.machine import rank, ranks_are_there, start_name
 from reprise.training.mirrors import finished_mirrors, make_mirrors
@@ -61,42 +61,63 @@ def build(cfg: DictConfig) -> Parts:
     return Parts(data, module)
 
 
-def train(cfg: DictConfig, *, show_progress: bool = True) -> dict[str, float]:
+def build_first(cfg: DictConfig, folder: RunFolder, config_hash: str) -> Parts | None:
+    """The parts of a run that has not begun, with its training data, made before anything is written or moved aside.
+
+    None where the folder holds a run of this configuration: what goes wrong then is recorded there.
+
+    Raises:
+        RepriseError: the data is missing, or a value is wrong.
+    """
+    if folder.holds(config_hash):
+        return None
+    check_values(cfg.callbacks, "callbacks")
+    parts = build(cfg)
+    parts.module.configure_optimizers()
+    parts.data.source("train")
+    return parts
+
+
+def train(cfg: DictConfig, *, show_progress: bool = True, is_checked: bool = False) -> dict[str, float]:
     """Run one configuration in this process (one rank of it, under a process group) and return its test metrics.
 
     A finished run is not repeated; an interrupted one continues. The run folder is `config.run_dir(cfg)`.
 
+    Args:
+        is_checked: the process that prepared the folder has seen that the parts can be built.
+
     Raises:
-        RepriseError: whatever the user can do something about; the run folder says how it ended.
+        RepriseError: whatever the user can do something about; the run folder, once it is there, says how it ended.
     """
     torch.set_num_threads(cfg.threads)
     folder = RunFolder(configuration.run_dir(cfg))
     config_hash = configuration.config_hash(cfg)
     if folder.is_finished(config_hash):
         return folder.metrics()
+    usage = Usage()
+    parts = None if is_checked else build_first(cfg, folder, config_hash)
     if rank() > 0:
-        return _train_after_rank_0(cfg, folder, config_hash)
+        return _train_after_rank_0(cfg, folder, config_hash, parts)
     with _full_disk_explained(folder), only_writer(folder.path):
         if folder.is_finished(config_hash):  # by the process that held the lock
             return folder.metrics()
         folder.prepare(config_hash)
         write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(cfg))
         folder.start(_facts(cfg, config_hash))
-        usage = Usage()
         with _recorded(folder, usage):
-            metrics = _fit_and_test(cfg, folder, config_hash, show_progress)
+            metrics = _fit_and_test(cfg, folder, config_hash, parts or build(cfg), show_progress)
             write_json(folder.path / "summary.json", {"metrics": metrics})
             folder.end("finished", seconds=usage.seconds, cpu_seconds=usage.cpu_seconds)
     return metrics
 
 
-def _train_after_rank_0(cfg: DictConfig, folder: RunFolder, config_hash: str) -> dict[str, float]:
+def _train_after_rank_0(cfg: DictConfig, folder: RunFolder, config_hash: str, parts: Parts | None) -> dict[str, float]:
     """The run as another rank: rank 0 prepares the folder first, and has closed it when this returns."""
     if await_start(folder, config_hash, start_name()):
         return folder.metrics()
     try:
         with _full_disk_explained(folder):
-            metrics = _fit_and_test(cfg, folder, config_hash, show=False)
+            metrics = _fit_and_test(cfg, folder, config_hash, parts or build(cfg), show=False)
     except BaseException as error:
         write_rank_error(folder, rank(), error)
         raise
@@ -162,8 +183,7 @@ def _full_disk_explained(folder: RunFolder) -> Iterator[None]:
 
 
 @_quiet_lightning()
-def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, show: bool) -> dict[str, float]:
-    parts = build(cfg)
+def _fit_and_test(cfg: DictConfig, folder: RunFolder, config_hash: str, parts: Parts, show: bool) -> dict[str, float]:
     earlier = configuration.earlier_stage(cfg)
     if earlier is not None:
         parts.module.continue_from(_final_state_of(earlier))

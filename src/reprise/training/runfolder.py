@@ -98,6 +98,10 @@ class RunFolder:
         except (OSError, json.JSONDecodeError):
             return None
 
+    def holds(self, config_hash: str) -> bool:
+        """Whether a run of this configuration has begun here, however it ended."""
+        return (self.read("run.json") or {}).get("config_hash") == config_hash
+
     def is_finished(self, config_hash: str) -> bool:
         """Whether this folder holds the finished run of this configuration."""
         run, summary = self.read("run.json"), self.read("summary.json")

@@ -18,6 +18,7 @@ from rich.console import Console
 from reprise import paths
 from reprise.errors import InterruptedRunError, PreemptedRunError
 from reprise.training.ownership import end_with, is_alive, place
+from reprise.training.runfolder import cannot_be_written
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP_VARIABLE = "REPRISE_STOP_FILE"  # names a file that says by which signal the sweep was stopped
@@ -90,15 +91,22 @@ class Stop:
 def stopping_gently(console: Console) -> Iterator[Stop]:
     """On a signal running jobs save and end, and waiting ones do not start; Ctrl-C twice stops at once.
 
+    From then on Ctrl-C is ignored until the process ends: a third one would hit what is being ended.
     The jobs learn it from a file below the run folders, which also workers on other machines see.
+
+    Raises:
+        RepriseError: that folder cannot be written.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
         return
     stop = Stop(_stop_file())
     assert stop.file is not None
-    stop.file.parent.mkdir(parents=True, exist_ok=True)
-    stop.file.unlink(missing_ok=True)
+    try:
+        stop.file.parent.mkdir(parents=True, exist_ok=True)
+        stop.file.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_be_written(paths.runs_dir(), error) from error
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     os.environ |= {STOP_VARIABLE: str(stop.file), SWEEP_VARIABLE: _own_name()}
     _listen(stop, console)
@@ -107,7 +115,8 @@ def stopping_gently(console: Console) -> Iterator[Stop]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if number != signal.SIGINT or not is_ctrl_c_ignored():
+                signal.signal(number, handler)
         if not stop.is_forced:  # else jobs that a cluster starts later shall still find it
             stop.file.unlink(missing_ok=True)
         for name in (STOP_VARIABLE, SWEEP_VARIABLE):
@@ -118,11 +127,15 @@ def _listen(stop: Stop, console: Console) -> None:
     def on_signal(number: int, frame: FrameType | None) -> None:
         tell_the_sweep(number)
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, stop_at_once)
             console.print("stopping: the running jobs are being saved; Ctrl-C again stops at once")
         else:
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
             console.print(f"stopping by {signal.Signals(number).name}: the running jobs are being saved")
+
+    def stop_at_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         stop.is_forced = True
@@ -131,6 +144,11 @@ def _listen(stop: Stop, console: Console) -> None:
     for number in SIGNALS:
         signal.signal(number, on_signal)
     signal.signal(signal.SIGALRM, on_alarm)
+
+
+def is_ctrl_c_ignored() -> bool:
+    """Whether a second Ctrl-C is ending this process."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def _own_name() -> str:

@@ -87,7 +87,7 @@ def read_weights(path: Path, state_keys: Sequence[str] = ()) -> dict[str, Tensor
         raise
     except Exception as error:  # each format has its own ways to fail on a damaged file
         raise CheckpointError(
-            f"the weights file cannot be read as plain tensors: {_reason(error)}",
+            f"the weights file cannot be read as plain tensors: {_reason(error, path)}",
             looked_at=path.resolve(),
             next_step="download it again; files that need code to be loaded are refused",
         ) from error
@@ -140,12 +140,22 @@ def _described(content: object) -> str:
     return f"one {type(content).__name__}"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """What is wrong with the file, without torch.load's advice to trust it (the error that it wraps has none)."""
     inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
-    text = str(inner or error) or type(error).__name__
-    refused = REFUSED_GLOBAL.search(text)
-    return f"it asks for {refused[1]}, which is refused" if refused else text.splitlines()[0]
+    text = str(inner or error)
+    if refused := REFUSED_GLOBAL.search(text):
+        return f"it asks for {refused[1]}, which is refused"
+    if path.suffix not in (".safetensors", ".npz") and not _is_of_pytorch(path):
+        return "it is no PyTorch file (neither a zip archive nor a pickle)"
+    kind = type(inner or error).__name__
+    return text.splitlines()[0] if re.search("[A-Za-z]", text) else f"{kind} {text}".strip()
+
+
+def _is_of_pytorch(path: Path) -> bool:
+    """Whether a file begins like those that PyTorch writes now (zip), or wrote before 1.6 (pickle)."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", b"\x80"))
 
 
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:

@@ -19,7 +19,7 @@ def main() -> int:
         end_with(int(launcher))
     cfg = read_config(Path(sys.argv[1]))
     try:
-        train(cfg, show_progress=False)
+        train(cfg, show_progress=False, is_checked=True)
     except RepriseError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return error.exit_code
