@@ -65,6 +65,13 @@ def test_other_ranks_wait_for_rank_0_of_their_own_start(folder: RunFolder) -> No
     assert time.monotonic() - began > 0.25
 
 
+def test_a_rank_that_comes_late_hears_that_rank_0_has_failed(folder: RunFolder) -> None:
+    begin(folder, "today")
+    folder.end("failed", seconds=1, error="no such key")
+    with pytest.raises(RepriseError, match="rank 0 has failed: no such key"):
+        await_start(folder, "hash", "today")
+
+
 def test_other_ranks_wait_for_the_results(folder: RunFolder) -> None:
     begin(folder, "today")
 

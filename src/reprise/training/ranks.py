@@ -18,13 +18,19 @@ PATIENCE_SECONDS = 600.0
 
 
 def await_start(folder: RunFolder, config_hash: str, start: str) -> bool:
-    """Wait until rank 0 of the same start has prepared the folder; True where the run is finished already."""
+    """Wait until rank 0 of the same start has prepared the folder; True where the run is finished already.
+
+    Raises:
+        RepriseError: rank 0 has failed before this rank had come so far.
+    """
 
     def has_begun() -> bool:
         run = folder.read("run.json") or {}
-        return (run.get("status"), run.get("config_hash"), run.get("start")) == ("running", config_hash, start)
+        return (run.get("config_hash"), run.get("start")) == (config_hash, start)
 
     _wait(lambda: folder.is_finished(config_hash) or has_begun(), folder, "begun")
+    if (folder.read("run.json") or {}).get("status") in ("failed", "interrupted"):
+        raise _failed(folder)
     return folder.is_finished(config_hash)
 
 
@@ -40,7 +46,11 @@ def await_end(folder: RunFolder, config_hash: str) -> None:
 
     _wait(has_ended, folder, "written the results")
     if not folder.is_finished(config_hash):
-        raise RepriseError(f"rank 0 has failed: {(folder.read('run.json') or {}).get('error')}", looked_at=folder.path)
+        raise _failed(folder)
+
+
+def _failed(folder: RunFolder) -> RepriseError:
+    return RepriseError(f"rank 0 has failed: {(folder.read('run.json') or {}).get('error')}", looked_at=folder.path)
 
 
 def _wait(until: Callable[[], bool], folder: RunFolder, what: str) -> None:
