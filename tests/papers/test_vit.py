@@ -326,6 +326,16 @@ def test_fine_tuning_drops_the_head_and_resizes_only_patch_positions() -> None:
     assert "pre_logits/kernel" in adapt_for_fine_tuning(official, kept)
 
 
+def test_the_release_takes_a_square_number_of_patches_for_a_square_grid() -> None:
+    source = perturbed(tiny(image_shape=(3, 12, 12)))
+    official, table = export_weights(source.state_dict(), source), source.positions.table
+    target = tiny(image_shape=(3, 8, 32))
+    for as_released, grid in ((False, (2, 8)), (True, (4, 4))):
+        adapted = adapt_for_fine_tuning(official, target, as_released=as_released)
+        expected = resize_positions(table, (3, 3), grid, class_token=True)
+        torch.testing.assert_close(adapted[POSITION_KEY], expected)
+
+
 def test_least_squares_agrees_in_both_forms_and_with_its_normal_equations() -> None:
     rng = torch.Generator().manual_seed(0)
     feature, label = torch.randn(9, 4, generator=rng), torch.tensor([0, 1, 2] * 3)

@@ -53,7 +53,7 @@ def fine_tune(case: GoldenCase) -> Mapping[str, Tensor]:
     """Loading for another task and resolution, then some updates on one batch."""
     config, image, label = case.config, case.inputs["images"], case.inputs["labels"].long()
     model = _build(config["fine_tune"], config["num_classes"], image)
-    model.load_state_dict(import_weights(adapt_for_fine_tuning(case.weights, model), model))
+    model.load_state_dict(import_weights(adapt_for_fine_tuning(case.weights, model, as_released=True), model))
     outputs = {f"loaded/{name}": value.clone() for name, value in export_weights(model.state_dict(), model).items()}
     outputs["logits_initial"] = model(image)
     optimizer = MomentumSGD(

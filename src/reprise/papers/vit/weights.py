@@ -6,6 +6,7 @@ position embedding outside the transformer, and files whose layers are stacked a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,11 +78,14 @@ def export_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> State:
     return result
 
 
-def adapt_for_fine_tuning(state: Mapping[str, Tensor], model: nn.Module) -> State:
+def adapt_for_fine_tuning(state: Mapping[str, Tensor], model: nn.Module, *, as_released: bool = False) -> State:
     """Official keys made to fit another task and resolution (section 3.2).
 
     The head becomes the model's own, `pre_logits` goes unless the model has it, and the positions are interpolated
     where the number of patches differs (the file's grid is taken to be square).
+
+    Args:
+        as_released: take a square number of patches for a square grid, whatever the model's is (2 x 8: 4 x 4).
 
     Raises:
         CheckpointError: the file's positions do not form a square grid.
@@ -93,7 +97,10 @@ def adapt_for_fine_tuning(state: Mapping[str, Tensor], model: nn.Module) -> Stat
         kept = {name: value for name, value in kept.items() if not name.startswith("pre_logits/")}
     kept |= {name: value for name, value in export_weights(vit.state_dict(), vit).items() if name.startswith("head/")}
     if POSITION_KEY in kept:
-        kept[POSITION_KEY] = _fit_positions(kept[POSITION_KEY], vit.grid, vit.cls is not None)
+        patches = vit.grid[0] * vit.grid[1]
+        is_square = as_released and math.isqrt(patches) ** 2 == patches
+        grid = square_grid(patches) if is_square else vit.grid
+        kept[POSITION_KEY] = _fit_positions(kept[POSITION_KEY], grid, vit.cls is not None)
     return kept
 
 
