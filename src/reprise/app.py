@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import pickle
 import re
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from reprise import paths
-from reprise.errors import ConfigError, InterruptedRunError, RepriseError
+from reprise.errors import ConfigError, InterruptedRunError, RepriseError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,8 @@ def explained(error: Exception, overrides: Sequence[str]) -> RepriseError:
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> ConfigError:
-    close = difflib.get_close_matches(key, _known_keys(overrides), n=3, cutoff=0.7)
-    guess = f" (did you mean {' or '.join(close)}?)" if close else ""
-    advice = f"; where the part takes an option that the recipe does not set, +{key}=... adds it" if not close else ""
+    guess = did_you_mean(key, _known_keys(overrides))
+    advice = "" if guess else f"; where the part takes an option that the recipe does not set, +{key}=... adds it"
     return ConfigError(
         f"there is no configuration key {key}{guess}",
         looked_at="the composed configuration",
@@ -151,7 +149,7 @@ def _known_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def _unknown_option(group: str, name: str) -> RepriseError:
-    from reprise.config import did_you_mean, experiment_of
+    from reprise.config import experiment_of
 
     if group.startswith("experiment"):
         try:

@@ -200,7 +200,7 @@ def _count_time(outcome: SweepOutcome) -> None:
             add_sweep(runs, slug, scale, seconds=outcome.seconds, jobs_at_once=outcome.jobs_at_once)
 
 
-def _conclude(outcome: object, *, named_seeds: bool) -> None:
+def _conclude(outcome: SweepOutcome, *, named_seeds: bool) -> None:
     """Verdicts and reports of a sweep; seeds that the user named are judged in place of the claim's."""
     from rich.console import Console
 
@@ -209,10 +209,8 @@ def _conclude(outcome: object, *, named_seeds: bool) -> None:
     from reprise.evidence.panel import render_panel
     from reprise.evidence.report import build_index, build_report
     from reprise.evidence.verdict import make_verdict
-    from reprise.training.jobs import SweepOutcome
     from reprise.training.mirrors import mirror_conclusion
 
-    assert isinstance(outcome, SweepOutcome)
     console = Console()
     runs = paths.runs_dir()
     for slug, scale in dict.fromkeys((job.slug, job.scale) for job in outcome.asked):

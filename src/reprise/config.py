@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from reprise import discovery, paths
-from reprise.errors import ConfigError, RepriseError
+from reprise.errors import ConfigError, RepriseError, did_you_mean
 
 if TYPE_CHECKING:
     from reprise.evidence.claims import Arm
@@ -76,11 +75,6 @@ def experiment_of(overrides: Sequence[str]) -> tuple[str, str]:
             next_step=f"choose one of: {', '.join(known)}",
         )
     return slug, recipe
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def arm_of(slug: str, name: str) -> Arm:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
 import reprise.papers
-from reprise.errors import ConfigError
+from reprise.errors import ConfigError, did_you_mean
 from reprise.paths import experiments_dir
 
 SCALES = ("small", "public", "paper")
@@ -31,7 +29,7 @@ def check_paper(slug: str) -> str:
     known = papers()
     if slug not in known:
         raise ConfigError(
-            f"There is no paper {slug!r}.{_did_you_mean(slug, known)}",
+            f"There is no paper {slug!r}{did_you_mean(slug, known)}.",
             looked_at=", ".join(str(base) for base in reprise.papers.__path__),
             next_step="`reprise papers` lists all papers",
         )
@@ -90,8 +88,3 @@ def module(slug: str, name: str) -> ModuleType:
             next_step="docs/architecture.md names the files of a paper",
         )
     return importlib.import_module(f"reprise.papers.{slug}.{name}")
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""

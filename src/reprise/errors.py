@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class RepriseError(Exception):
     """A user-facing failure, shown as one message without a traceback.
@@ -63,3 +66,9 @@ class PreemptedRunError(InterruptedRunError):
     """The scheduler asked to stop (SIGTERM, SIGUSR1); the run was saved and wants to be started again."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean a or b?)` with the known names that are close to a mistyped one; empty where none is."""
+    close = get_close_matches(name, list(known), n=3, cutoff=0.7)  # dotted keys share much
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -20,7 +20,7 @@ def test_lists_what_the_folders_hold(workshop):
 
 
 def test_unknown_paper_names_the_nearest(workshop):
-    with pytest.raises(ConfigError, match="Did you mean toy_paper"):
+    with pytest.raises(ConfigError, match="did you mean toy_paper"):
         discovery.claim_path("toypaper")
 
 

@@ -1,4 +1,4 @@
-"""ViT: sizes, traps of the fact sheet, official files, and the parts around the model."""
+"""ViT: sizes, traps of the fact sheet, and the parts around the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from tests.papers.vit_models import perturbed, tiny
+from torch import nn
 
 from reprise.errors import CheckpointError
 from reprise.papers.vit.cnn import ConvNet
@@ -22,34 +23,10 @@ from reprise.papers.vit.networks import build
 from reprise.papers.vit.pictures import attention_rollout, position_similarity, principal_filters
 from reprise.papers.vit.positions import RelativeAttention, resize_positions, sin_cos_table, square_grid
 from reprise.papers.vit.weights import (
-    POSITION_KEY,
-    adapt_for_fine_tuning,
     export_weights,
     import_weights,
 )
 from reprise.training.probes import Features
-from reprise.training.weights import read_weights
-
-
-def tiny(**changes: Any) -> VisionTransformer:
-    options: dict[str, Any] = {
-        "image_shape": (3, 8, 12),
-        "num_classes": 5,
-        "patch": 4,
-        "width": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_dim": 24,
-    }
-    return vision_transformer(**(options | changes))
-
-
-def perturbed(model: VisionTransformer, seed: int = 0) -> VisionTransformer:
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
-    return model
 
 
 def parameters_of(variant: str, size: int = 224, num_classes: int = 1000, **changes: Any) -> int:
@@ -215,125 +192,6 @@ def test_attention_maps_are_those_of_the_forward_pass() -> None:
     value = block.attn.qkv(block.norm1(x)).reshape(2, 7, 3, 2, 8)[:, :, 2].transpose(1, 2)
     mixed = block.attn.proj((maps[0] @ value).transpose(1, 2).flatten(2))
     assert torch.allclose(mixed, block.attn(block.norm1(x)), atol=1e-5)
-
-
-def hybrid(**changes: object) -> VisionTransformer:
-    return tiny(**({"image_shape": (3, 16, 24), "patch": 1, "stem_layers": [1, 2], "stem_width_factor": 0.5} | changes))
-
-
-@pytest.mark.parametrize(
-    "build",
-    [tiny, lambda: tiny(classifier="gap"), lambda: tiny(representation_size=7), hybrid],
-    ids=["token", "gap", "pre_logits", "hybrid"],
-)
-def test_official_keys_there_and_back(build: object) -> None:
-    assert callable(build)
-    model = perturbed(build())
-    official = export_weights(model.state_dict(), model)
-    again = import_weights(official, build())
-    assert again.keys() == model.state_dict().keys()
-    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
-    kernel = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/{}/kernel"
-    assert official[kernel.format("key")].shape == (16, 2, 8)
-    assert official[kernel.format("out")].shape == (2, 8, 16)
-
-
-def test_hybrid_reduces_like_tensorflows_same_padding() -> None:
-    model = hybrid(image_shape=(3, 17, 23))
-    assert model.grid == (3, 3)
-    assert model(torch.randn(1, 3, 17, 23)).shape == (1, 5)
-    official = export_weights(model.state_dict(), model)
-    assert {"block2/unit1/conv_proj/kernel", "block2/unit2/gn3/scale", "gn_root/bias"} <= official.keys()
-    squeezed = {name: value[None, None, None] if "/gn" in name else value for name, value in official.items()}
-    assert import_weights(squeezed, model).keys() == model.state_dict().keys()
-
-
-def old_names(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights as a big_vision file holds them."""
-    renamed = {}
-    for name, value in official.items():
-        for theirs, first in (
-            ("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
-            ("LayerNorm_1", "LayerNorm_2"),
-            ("MlpBlock_0", "MlpBlock_3"),
-        ):
-            name = name.replace(first, theirs)
-        renamed[name] = value
-    return renamed
-
-
-@pytest.mark.parametrize("style", ["opt", "params", "big_vision", "stacked"])
-def test_files_of_every_age(style: str, tmp_path: Path) -> None:
-    model = perturbed(tiny())
-    official = export_weights(model.state_dict(), model)
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
-    if style == "opt":
-        stored = {f"opt/target/{name}": value for name, value in official.items()} | {"opt/state/step": torch.ones(1)}
-    elif style == "params":
-        stored = {f"params/{name}": value for name, value in official.items()}
-    else:
-        stored = old_names(official)
-        stored["pos_embedding"] = stored.pop(POSITION_KEY)[:, 1:]
-        expected["positions.table"][:, 0] = 0
-        if style == "stacked":
-            for name in [name for name in stored if "encoderblock_0" in name]:
-                other = stored.pop(name.replace("block_0", "block_1"))
-                stored[name.replace("block_0", "block")] = torch.stack([stored.pop(name), other])
-        stored = {f"params/img/{name}": value for name, value in stored.items()} | {"params/txt/head": torch.ones(2)}
-    np.savez(tmp_path / "weights.npz", **{name: value.numpy() for name, value in stored.items()})
-    loaded = import_weights(read_weights(tmp_path / "weights.npz"), tiny())
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-
-
-def test_bfloat16_arrays_are_read(tmp_path: Path) -> None:
-    value = torch.randn(5).bfloat16()
-    raw = value.view(torch.int16).numpy().view("V2")
-    np.savez(tmp_path / "half.npz", x=raw)
-    assert torch.equal(read_weights(tmp_path / "half.npz")["x"], value.float())
-
-
-def test_wrong_files_are_refused(tmp_path: Path) -> None:
-    model = tiny()
-    official = export_weights(model.state_dict(), model)
-    with pytest.raises(CheckpointError, match="lack cls"):
-        import_weights({name: value for name, value in official.items() if name != "cls"}, model)
-    with pytest.raises(CheckpointError, match="no place in this model: pre_logits/bias"):
-        import_weights(official | {"pre_logits/bias": torch.zeros(3)}, model)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        import_weights(official, tiny(num_classes=6))
-    with pytest.raises(CheckpointError, match="no place"):
-        import_weights(official, tiny(positions="sin_cos"))
-    with pytest.raises(CheckpointError, match="ConvNet"):
-        import_weights(official, ConvNet(image_shape=(3, 8, 8), num_classes=2, widths=(4,)))
-    (tmp_path / "text.npz").write_text("not an archive")
-    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
-    for name in ("text.npz", "objects.npz", "absent.npz", "absent.safetensors"):
-        with pytest.raises(CheckpointError):
-            read_weights(tmp_path / name)
-
-
-def test_fine_tuning_drops_the_head_and_resizes_only_patch_positions() -> None:
-    source = perturbed(tiny(image_shape=(3, 12, 12), representation_size=7, num_classes=9))
-    official = export_weights(source.state_dict(), source)
-    target = tiny(image_shape=(3, 16, 20))
-    loaded = import_weights(adapt_for_fine_tuning(official, target), target)
-    assert not loaded["head.weight"].any()
-    assert loaded["head.weight"].shape == (5, 16)
-    assert torch.equal(loaded["positions.table"][:, 0], official[POSITION_KEY][:, 0])
-    assert loaded["positions.table"].shape == (1, 4 * 5 + 1, 16)
-    kept = tiny(image_shape=(3, 12, 12), representation_size=7)
-    assert "pre_logits/kernel" in adapt_for_fine_tuning(official, kept)
-
-
-def test_the_release_takes_a_square_number_of_patches_for_a_square_grid() -> None:
-    source = perturbed(tiny(image_shape=(3, 12, 12)))
-    official, table = export_weights(source.state_dict(), source), source.positions.table
-    target = tiny(image_shape=(3, 8, 32))
-    for as_released, grid in ((False, (2, 8)), (True, (4, 4))):
-        adapted = adapt_for_fine_tuning(official, target, as_released=as_released)
-        expected = resize_positions(table, (3, 3), grid, class_token=True)
-        torch.testing.assert_close(adapted[POSITION_KEY], expected)
 
 
 def test_least_squares_agrees_in_both_forms_and_with_its_normal_equations() -> None:

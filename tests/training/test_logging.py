@@ -33,8 +33,8 @@ def test_values_are_logged_on_the_device_of_the_module(monkeypatch: pytest.Monke
 def test_noting_a_loss_leaves_it_as_it_is() -> None:
     """Ranks reduce in place."""
     notes, loss = StepMetrics(), torch.ones((), requires_grad=True).exp()
-    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value.mul_(2))
-    notes._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda value, reduce_op: value.mul_(2)))
+    notes.on_train_start(trainer, PaperModule(torch.optim.SGD))
     notes.add("train/loss", loss, sync_dist=True)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(math.e)

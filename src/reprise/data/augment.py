@@ -48,8 +48,8 @@ def uniform(count: int, low: float, high: float, rng: torch.Generator) -> Tensor
 def _select(chosen: Tensor, changed: Tensor, image: Tensor) -> Tensor:
     """Each image [B, C, H, W] as it is, or changed where `chosen` (bool, broadcast over the image) says so.
 
-    A linear interpolation by 0 or 1 gives exactly one of the two, at a fifth of the time of `torch.where`, which goes
-    through broadcast conditions value by value.
+    A linear interpolation by 0 or 1 gives exactly one of the two where both are finite, at a fifth of the time of
+    `torch.where`, which goes through broadcast conditions value by value.
     """
     weight = chosen.to(image).reshape(chosen.shape + (1,) * (image.ndim - chosen.ndim))
     return torch.lerp(image, changed.to(image), weight)

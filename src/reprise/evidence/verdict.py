@@ -205,16 +205,16 @@ def _may_count(run: RunRecord, claim: ScaledClaim) -> bool:
     return is_verdicts and run.status != "moved aside" and run.arm in claim.arms
 
 
-def _conclusion(label: str, primary: ContrastResult, seeds: list[int], claims: Sequence[int]) -> tuple[Outcome, str]:
+def _conclusion(label: str, primary: ContrastResult, seeds: list[int], of_claim: Sequence[int]) -> tuple[Outcome, str]:
     if smoked_scale(label) is not None:
         return "inconclusive", "A smoke run proves the wiring, not the claim."
     if primary.unpaired:
         lacking = ", ".join(map(str, primary.unpaired))
         reason = f"Seeds without a finished run of every arm: {lacking}. Of the others alone: {primary.reason}"
         return "inconclusive", reason[:-1] + f" ({primary.verdict})."
-    if seeds == sorted(claims):
+    if seeds == sorted(of_claim):
         return primary.verdict, primary.reason
-    shown = [", ".join(map(str, each)) for each in (seeds, sorted(claims))]
+    shown = [", ".join(map(str, each)) for each in (seeds, sorted(of_claim))]
     return primary.verdict, f"{primary.reason} The seeds {shown[0]} were named by hand; the claim's are {shown[1]}."
 
 
